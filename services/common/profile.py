@@ -1,0 +1,137 @@
+"""What a base model looks like to an adapter: its linears by full name, with exact shapes.
+
+The store checks uploads against a registered profile; a replica checks what it pulls against its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from services.common.errors import InvalidArgument, Unimplemented
+from services.common.references import check_name
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+MAX_LORA_RANK = 512
+DEFAULT_LORA_RANK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Widths of a linear: y [out] = W [out, in] · x [in]."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelProfile:
+    """A base model as adapters see it. `modules` maps a linear's full name to its shape, in layer order."""
+
+    name: str
+    architecture: str
+    num_layers: int
+    vocab_size: int
+    modules: dict[str, Shape]
+    accepted_names: tuple[str, ...]
+    max_lora_rank: int = DEFAULT_LORA_RANK
+    lora_extra_vocab_size: int = 0
+    fingerprint: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> BaseModelProfile:
+        fields = json.loads(text)
+        fields["modules"] = {name: Shape(**shape) for name, shape in fields["modules"].items()}
+        fields["accepted_names"] = tuple(fields["accepted_names"])
+        return cls(**fields)
+
+
+def profile_from_config(
+    name: str,
+    config_json: str,
+    *,
+    accepted_names: Sequence[str] = (),
+    max_lora_rank: int = DEFAULT_LORA_RANK,
+    lora_extra_vocab_size: int = 0,
+    fingerprint: str = "",
+) -> BaseModelProfile:
+    """Derive a profile from a Hugging Face config.json.
+
+    Raises InvalidArgument (bad JSON, missing or senseless fields) and Unimplemented (an architecture not served).
+    """
+    check_name(name, field="name", what="base model name")
+    if not 1 <= max_lora_rank <= MAX_LORA_RANK:
+        raise InvalidArgument(
+            "INVALID_MAX_LORA_RANK",
+            f"max_lora_rank is {max_lora_rank}; it must be 1 to {MAX_LORA_RANK}",
+            field="max_lora_rank",
+        )
+    if lora_extra_vocab_size:
+        raise Unimplemented.not_yet("lora_extra_vocab_size above 0")
+    config = _parse(config_json)
+    architecture = (config.get("architectures") or ["?"])[0]
+    if architecture not in ARCHITECTURES:
+        raise Unimplemented(
+            "UNSUPPORTED_ARCHITECTURE",
+            f"config_json: architecture {architecture!r} is not served; served are {', '.join(ARCHITECTURES)}",
+            field="config_json",
+            architecture=architecture,
+        )
+    return BaseModelProfile(
+        name=name,
+        architecture=architecture,
+        num_layers=_positive(config, "num_hidden_layers"),
+        vocab_size=_positive(config, "vocab_size"),
+        modules=dict(linear_shapes(config)),
+        accepted_names=tuple(dict.fromkeys([name, *accepted_names])),
+        max_lora_rank=max_lora_rank,
+        lora_extra_vocab_size=lora_extra_vocab_size,
+        fingerprint=fingerprint,
+    )
+
+
+def linear_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Every linear of the decoder layers by full name, in layer order, from a config's fields."""
+    hidden = _positive(config, "hidden_size")
+    heads = _positive(config, "num_attention_heads")
+    kv_heads = _positive(config, "num_key_value_heads", heads)
+    head_dim = _positive(config, "head_dim", hidden // heads)
+    intermediate = _positive(config, "intermediate_size")
+    in_layer = {
+        "self_attn.q_proj": Shape(hidden, heads * head_dim),
+        "self_attn.k_proj": Shape(hidden, kv_heads * head_dim),
+        "self_attn.v_proj": Shape(hidden, kv_heads * head_dim),
+        "self_attn.o_proj": Shape(heads * head_dim, hidden),
+        "mlp.gate_proj": Shape(hidden, intermediate),
+        "mlp.up_proj": Shape(hidden, intermediate),
+        "mlp.down_proj": Shape(intermediate, hidden),
+    }
+    layers = _positive(config, "num_hidden_layers")
+    return {f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in in_layer.items()}
+
+
+def _parse(config_json: str) -> dict[str, Any]:
+    try:
+        config = json.loads(config_json)
+    except ValueError as error:
+        raise InvalidArgument(
+            "INVALID_CONFIG", f"config_json is no JSON ({error}); send the model's config.json", field="config_json"
+        ) from error
+    if not isinstance(config, dict):
+        raise InvalidArgument("INVALID_CONFIG", "config_json must be a JSON object", field="config_json")
+    return config
+
+
+def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 24:
+        raise InvalidArgument(
+            "INVALID_CONFIG", f"config_json: {key} is {value!r}; a positive integer is needed", field="config_json"
+        )
+    return value

@@ -1,0 +1,166 @@
+"""gRPC wiring that both services share: errors to statuses and back, and a server with health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from services.common.errors import ERRORS_BY_CODE, Internal, MultiloraError, Unavailable
+
+ERROR_DOMAIN = "multilora"
+MAX_MESSAGE_BYTES = 8 << 20
+HEALTHY = health_pb2.HealthCheckResponse.SERVING
+UNHEALTHY = health_pb2.HealthCheckResponse.NOT_SERVING
+
+log = logging.getLogger(__name__)
+
+
+def to_status(error: MultiloraError) -> status_pb2.Status:
+    """The google.rpc.Status of an error: ErrorInfo always; BadRequest, RetryInfo when it names a field, a time."""
+    details: list[Any] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata)
+    ]
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=packed)
+
+
+def from_rpc_error(error: grpc.RpcError) -> MultiloraError:
+    """The error a server raised, rebuilt from what came over the wire."""
+    code, message = error.code(), error.details() or ""
+    kind = ERRORS_BY_CODE.get(code.name, Internal)
+    status = rpc_status.from_call(error)
+    reason, metadata, field, retry_after = code.name, {}, "", None
+    for detail in status.details if status is not None else ():
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            detail.Unpack(info)
+            reason, metadata = info.reason, dict(info.metadata)
+        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            request = error_details_pb2.BadRequest()
+            detail.Unpack(request)
+            field = request.field_violations[0].field if request.field_violations else ""
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    return kind(reason, message, field=field, retry_after=retry_after, **metadata)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what a handler raises into a status: the one table from errors to the wire. Handlers just raise."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        wrap: Callable[[Any], Any] = _streaming if handler.response_streaming else _unary
+        sends = "stream" if handler.request_streaming else "unary"
+        gets = "stream" if handler.response_streaming else "unary"
+        make = getattr(grpc, f"{sends}_{gets}_rpc_method_handler")
+        method = wrap(getattr(handler, f"{sends}_{gets}"))
+        return make(method, handler.request_deserializer, handler.response_serializer)
+
+
+def _unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await method(request, context)
+        except Exception as error:
+            await _abort(context, error)
+
+    return call
+
+
+def _streaming(method: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for response in method(request, context):
+                yield response
+        except Exception as error:
+            await _abort(context, error)
+
+    return call
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, MultiloraError):
+        log.error("a handler failed", exc_info=error)
+        error = Internal("INTERNAL", "the server failed; its log says more")
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+
+class GrpcServer:
+    """A grpc.aio server with health, reflection and the error table; health follows `set_serving`."""
+
+    def __init__(self, service_names: Sequence[str], *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.server = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        self._names = ("", *service_names)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        reflected = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(reflected, self.server)
+
+    def bind(self, address: str) -> int:
+        """Listen on `host:port` (port 0: any free one) and return the port. Raises Unavailable when taken."""
+        try:
+            return self.server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise Unavailable(
+                "ADDRESS_IN_USE", f"cannot listen on {address}; another process may hold the port: {error}"
+            ) from error
+
+    async def start(self) -> None:
+        await self.set_serving(False)
+        await self.server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        for name in self._names:
+            await self._health.set(name, HEALTHY if serving else UNHEALTHY)
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls, give those in flight `grace` seconds, then end."""
+        await self.set_serving(False)
+        await self.server.stop(grace)
+
+
+async def wait_for_signal() -> None:
+    """Return when SIGTERM or SIGINT asks this process to end."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    await asked.wait()
