@@ -41,7 +41,7 @@ class BaseModelProfile:
     fingerprint: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(asdict(self))  # keys unsorted: the order of modules is the layers'
 
     @classmethod
     def from_json(cls, text: str) -> BaseModelProfile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -21,6 +22,9 @@ from services.common.errors import ERRORS_BY_CODE, Internal, MultiloraError, Una
 ERROR_DOMAIN = "multilora"
 MAX_MESSAGE_BYTES = 8 << 20
 HEALTHY = health_pb2.HealthCheckResponse.SERVING
+# A status travels in HTTP/2 trailers, of which peers accept 8 KiB: the message itself, then again in base64.
+MAX_TEXT_BYTES = 2400
+MAX_DETAIL_BYTES = 400
 UNHEALTHY = health_pb2.HealthCheckResponse.NOT_SERVING
 
 log = logging.getLogger(__name__)
@@ -29,10 +33,16 @@ log = logging.getLogger(__name__)
 def to_status(error: MultiloraError) -> status_pb2.Status:
     """The google.rpc.Status of an error: ErrorInfo always; BadRequest, RetryInfo when it names a field, a time."""
     details: list[Any] = [
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata)
+        error_details_pb2.ErrorInfo(
+            reason=error.reason,
+            domain=ERROR_DOMAIN,
+            metadata={key: _cut(value, MAX_DETAIL_BYTES) for key, value in error.metadata.items()},
+        )
     ]
     if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=_cut(error.message, MAX_DETAIL_BYTES)
+        )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after is not None:
         delay = duration_pb2.Duration()
@@ -42,7 +52,14 @@ def to_status(error: MultiloraError) -> status_pb2.Status:
     for detail in details:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
-    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=packed)
+    message = _cut(error.message, MAX_TEXT_BYTES)
+    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message, details=packed)
+
+
+def _cut(text: str, most: int) -> str:
+    """The text, cut to `most` bytes: a caller's own input in a message must not make the answer undeliverable."""
+    data = text.encode(errors="replace")
+    return data.decode() if len(data) <= most else data[: most - 3].decode(errors="ignore") + "..."
 
 
 def from_rpc_error(error: grpc.RpcError) -> MultiloraError:
@@ -78,12 +95,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        wrap: Callable[[Any], Any] = _streaming if handler.response_streaming else _unary
         sends = "stream" if handler.request_streaming else "unary"
         gets = "stream" if handler.response_streaming else "unary"
         make = getattr(grpc, f"{sends}_{gets}_rpc_method_handler")
-        method = wrap(getattr(handler, f"{sends}_{gets}"))
-        return make(method, handler.request_deserializer, handler.response_serializer)
+        method = getattr(handler, f"{sends}_{gets}")
+        # not by `gets`: grpcio's own health Watch is no generator, it writes to the context
+        wrap: Callable[[Any], Any] = _streaming if inspect.isasyncgenfunction(method) else _unary
+        return make(wrap(method), handler.request_deserializer, handler.response_serializer)
 
 
 def _unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:

@@ -1,0 +1,9 @@
+"""LoRA kernels over rank pages: one dispatch point, a torch path, Triton kernels and the reference they are held to.
+
+Imports torch and (lazily) triton, nothing else of this project.
+"""
+
+from lora_kernels.dispatch import apply_lora
+from lora_kernels.layout import BASE_ROW, PAGE_ROWS, ActiveSet, LoraBatch, LoraWeights, PageTable
+
+__all__ = ["BASE_ROW", "PAGE_ROWS", "ActiveSet", "LoraBatch", "LoraWeights", "PageTable", "apply_lora"]

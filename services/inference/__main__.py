@@ -1,0 +1,85 @@
+"""The `multilora-inference` command."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from services.common.errors import MultiloraError
+from services.inference.config import AdapterConfig, ConfigError, ServerConfig
+
+EXIT_USAGE = 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults, room = {f.name: f.default for f in dataclasses.fields(ServerConfig)}, AdapterConfig()
+    parser = argparse.ArgumentParser(
+        prog="multilora-inference",
+        description="Serves a base model and its LoRA adapters over gRPC and HTTP.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def add(flag: str, default: Any, text: str, kind: Any = None) -> None:
+        parser.add_argument(flag, type=kind or type(default), default=default, help=text)
+
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory, or a .gguf file")
+    add("--served-model-name", "", "name of the base model for clients and adapters; empty: the directory's or file's")
+    add("--dtype", defaults["dtype"], "auto, float32 or bfloat16; auto is float32 on a CPU")
+    add("--device", defaults["device"], "cpu")
+    add("--host", defaults["host"], "address to listen on")
+    add("--port", defaults["port"], "gRPC port; 0 takes a free one")
+    add("--http-port", defaults["http_port"], "HTTP port; 0 takes a free one, -1 serves no HTTP", int)
+    add("--adapter-store", "", "host:port of the adapter store; empty: the base model alone")
+    add("--data-dir", defaults["data_dir"], "where pulled adapters are cached", Path)
+    add("--max-loras", room.max_loras, "most adapters resident at once")
+    add("--max-lora-rank", room.max_lora_rank, "highest rank a module may have, 1 to 512")
+    add("--max-cpu-loras", room.max_cpu_loras, "most adapters in host memory")
+    add("--max-disk-bytes", room.max_disk_bytes, "bytes of packed adapters kept on disk")
+    add("--max-model-len", defaults["max_model_len"], "most tokens of prompt and answer; 0: the model's own")
+    add("--max-num-seqs", defaults["max_num_seqs"], "most requests running at once")
+    add("--max-num-batched-tokens", defaults["max_num_batched_tokens"], "most tokens in one step")
+    add("--block-size", defaults["block_size"], "tokens a KV block holds")
+    add("--kv-cache-memory-bytes", defaults["kv_cache_memory_bytes"], "bytes of the KV cache")
+    add("--threads", defaults["threads"], "threads of the forward pass; 0: the cores this process may use")
+    add("--shutdown-grace", defaults["shutdown_grace"], "seconds running requests have to finish at shutdown")
+    add("--log-level", "info", "debug, info, warning or error")
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> ServerConfig:
+    values = vars(arguments)
+    values.pop("log_level")
+    adapters = {field.name: values.pop(field.name) for field in dataclasses.fields(AdapterConfig)}
+    values["http_port"] = None if values["http_port"] < 0 else values["http_port"]
+    values["adapter_store"] = values["adapter_store"] or None
+    return ServerConfig(**values, adapters=AdapterConfig(**adapters))
+
+
+async def _serve(config: ServerConfig) -> None:
+    from services.common.rpc import wait_for_signal
+    from services.inference.server import serve
+
+    async with serve(config) as running:
+        http = "" if running.http_port is None else f" http={config.host}:{running.http_port}"
+        print(f"listening on grpc={config.host}:{running.port}{http}", flush=True)
+        await wait_for_signal()
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT. Exits with 2 and one line when the settings cannot work."""
+    arguments = _parser().parse_args()
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(_serve(_config(arguments)))
+    except (ConfigError, MultiloraError) as error:
+        print(f"multilora-inference: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    main()

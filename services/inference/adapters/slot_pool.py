@@ -1,0 +1,175 @@
+"""The slot pool: memory for adapters' weights, set aside at start, in pages of 16 rank rows.
+
+Per layer and linear group the pool holds `max_loras` times the pages of `max_lora_rank`. Pages are given out per
+linear (q, k, v, …), the same ones in every layer, so an adapter takes what its ranks need and never the maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_kernels import PAGE_ROWS, LoraWeights, PageTable
+from services.inference.adapters.packed_adapter import PackedAdapter
+from services.inference.model.lora import LINEAR_GROUPS, GroupShape
+from services.inference.model.memory import reserve
+
+
+@dataclass(eq=False)
+class Slot:
+    """A resident adapter's place. pages: per linear; references: requests that hold it in steps now."""
+
+    index: int
+    digest: str
+    pages: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    references: int = 0
+
+    @property
+    def num_pages(self) -> int:
+        return sum(map(len, self.pages.values()))
+
+
+class SlotPool:
+    """Owns the pool's tensors, its pages and its slots.
+
+    weights: weights[layer][group], fixed in memory for the pool's life
+    tables: the page table of each group
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, GroupShape], num_layers: int, max_loras: int, max_lora_rank: int, dtype: torch.dtype
+    ) -> None:
+        self.max_loras = max_loras
+        self.max_lora_rank = max_lora_rank
+        self.dtype = dtype
+        pages_per_slot = pages_for(max_lora_rank)
+        self._num_pages = max_loras * pages_per_slot
+        self.tables = {group: self._table(len(LINEAR_GROUPS[group]), pages_per_slot) for group in shapes}
+        self.weights = [
+            {group: self._weights(group, shape) for group, shape in shapes.items()} for _ in range(num_layers)
+        ]
+        self._free_pages = {linear: list(range(self._num_pages)) for group in shapes for linear in LINEAR_GROUPS[group]}
+        self._free_slots = list(range(max_loras))
+        self._slots: dict[str, Slot] = {}
+        self._generations = [0] * max_loras
+
+    def get(self, digest: str) -> Slot | None:
+        return self._slots.get(digest)
+
+    def slots(self) -> Sequence[Slot]:
+        """Resident adapters, least recently used first."""
+        return list(self._slots.values())
+
+    def generation(self, slot: int) -> int:
+        """A number that changes whenever other weights come to lie in the slot."""
+        return self._generations[slot]
+
+    def touch(self, digest: str) -> None:
+        """Make the adapter the most recently used one."""
+        self._slots[digest] = self._slots.pop(digest)
+
+    def can_load(self, adapter: PackedAdapter) -> bool:
+        return bool(self._free_slots) and all(
+            count <= len(self._free_pages[linear]) for linear, count in _pages_needed(adapter).items()
+        )
+
+    def load(self, adapter: PackedAdapter) -> Slot:
+        """Copy an adapter into a free slot; ask `can_load` first. Rows past its rank in a layer are zeroed."""
+        assert self.can_load(adapter), "no room in the pool"
+        slot = Slot(self._free_slots.pop(0), adapter.digest)
+        for linear, count in _pages_needed(adapter).items():
+            free = self._free_pages[linear]
+            slot.pages[linear] = tuple(free[:count])
+            del free[:count]
+        self._slots[slot.digest] = slot
+        self._generations[slot.index] += 1
+        self._set_table(slot)
+        for layer, groups in enumerate(self.weights):
+            for group, weights in groups.items():
+                for index, linear in enumerate(LINEAR_GROUPS[group]):
+                    if linear in slot.pages:
+                        self._write(weights, index, slot, adapter, layer, linear)
+        return slot
+
+    def evict(self, digest: str) -> None:
+        """Free an idle adapter's slot and pages. What lies in them stays until it is overwritten; nothing reads it."""
+        slot = self._slots.pop(digest)
+        assert not slot.references, "a held slot is not evicted"
+        for linear, pages in slot.pages.items():
+            self._free_pages[linear] += pages
+        slot.pages = {}
+        self._set_table(slot)
+        for groups in self.weights:
+            for weights in groups.values():
+                weights.ranks[:, slot.index] = 0
+        self._free_slots.append(slot.index)
+
+    def _write(
+        self, weights: LoraWeights, index: int, slot: Slot, adapter: PackedAdapter, layer: int, linear: str
+    ) -> None:
+        rows = _rows(slot.pages[linear])
+        tensors = adapter.module(layer, linear)
+        rank = 0 if tensors is None else tensors.rank
+        weights.ranks[index, slot.index] = rank
+        weights.scales[index, slot.index] = 0.0 if tensors is None else tensors.scale
+        if tensors is not None:
+            weights.a[index, rows[:rank]] = tensors.a.to(self.dtype)
+            weights.b[index][rows[:rank]] = tensors.b.to(self.dtype)
+        weights.a[index, rows[rank:]] = 0
+        weights.b[index][rows[rank:]] = 0
+
+    def _set_table(self, slot: Slot) -> None:
+        for group, table in self.tables.items():
+            for index, linear in enumerate(LINEAR_GROUPS[group]):
+                pages = slot.pages.get(linear, ())
+                table.pages[index][slot.index] = pages
+                table.table[index, slot.index] = 0
+                table.table[index, slot.index, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+
+    def _table(self, slices: int, pages_per_slot: int) -> PageTable:
+        return PageTable(
+            table=torch.zeros((slices, self.max_loras, pages_per_slot), dtype=torch.int32),
+            pages=[[() for _ in range(self.max_loras)] for _ in range(slices)],
+            rows_per_slice=self._num_pages * PAGE_ROWS,
+        )
+
+    def _weights(self, group: str, shape: GroupShape) -> LoraWeights:
+        slices, rows = len(shape.out_features), self._num_pages * PAGE_ROWS
+        return LoraWeights(
+            group=group,
+            a=reserve((slices, rows, shape.in_features), self.dtype),
+            b=tuple(reserve((rows, out), self.dtype) for out in shape.out_features),
+            ranks=torch.zeros((slices, self.max_loras), dtype=torch.int32),
+            scales=torch.zeros((slices, self.max_loras), dtype=torch.float32),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless slots and pages are each free or taken once, and the tables say the same."""
+        taken = {slot.index for slot in self._slots.values()}
+        assert len(taken) == len(self._slots) <= self.max_loras
+        assert sorted([*taken, *self._free_slots]) == list(range(self.max_loras)), "a slot is lost or taken twice"
+        for linear, free in self._free_pages.items():
+            held = [page for slot in self._slots.values() for page in slot.pages.get(linear, ())]
+            assert sorted([*free, *held]) == list(range(self._num_pages)), f"a page of {linear} is lost or taken twice"
+        for group, table in self.tables.items():
+            for index, linear in enumerate(LINEAR_GROUPS[group]):
+                for slot in self._slots.values():
+                    pages = slot.pages.get(linear, ())
+                    assert table.pages[index][slot.index] == pages, "a page table disagrees with its slot"
+                    assert tuple(table.table[index, slot.index, : len(pages)].tolist()) == pages
+
+
+def pages_for(rank: int) -> int:
+    """Pages that hold `rank` rows."""
+    return -(-rank // PAGE_ROWS)
+
+
+def _pages_needed(adapter: PackedAdapter) -> dict[str, int]:
+    return {linear: pages_for(rank) for linear, rank in adapter.ranks.items()}
+
+
+def _rows(pages: Sequence[int]) -> Tensor:
+    return (torch.tensor(pages)[:, None] * PAGE_ROWS + torch.arange(PAGE_ROWS)).flatten()

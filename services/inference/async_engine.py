@@ -1,0 +1,127 @@
+"""The engine as asyncio sees it: it runs in a thread of its own, and each request's outputs come as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import AsyncGenerator, Sequence
+
+from services.common.errors import Internal, Unavailable
+from services.inference.engine.loop import EngineLoop
+from services.inference.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineDied,
+    EngineInput,
+    EngineOutput,
+    EngineStats,
+    GetStats,
+    RequestOutput,
+    RequestStarted,
+    Shutdown,
+    StatsReply,
+)
+
+log = logging.getLogger(__name__)
+
+Stream = asyncio.Queue[RequestStarted | RequestOutput | EngineDied]
+
+
+class AsyncEngine:
+    """Sends inputs to the engine's thread and hands its outputs, coalesced per step, to whoever waits for them."""
+
+    def __init__(self, engine: EngineLoop) -> None:
+        self._engine = engine
+        self.loop = asyncio.get_running_loop()
+        self._streams: dict[str, Stream] = {}
+        self._replies: dict[int, asyncio.Future[EngineStats]] = {}
+        self._reply_ids = itertools.count()
+        self._death: EngineDied | None = None
+        self.died = asyncio.Event()
+        self._stopping = False
+        engine.emit = self._emit
+        self._thread = threading.Thread(target=engine.run, name="engine", daemon=True)
+        self._thread.start()
+
+    def in_flight(self, request_id: str) -> bool:
+        return request_id in self._streams
+
+    async def generate(self, add: AddRequest) -> AsyncGenerator[RequestStarted | RequestOutput, None]:
+        """Outputs of one request, the last one with `finished`. Closing it early aborts the request."""
+        self._check_alive()
+        if self._stopping:
+            raise Unavailable("SHUTTING_DOWN", "this replica is shutting down; ask another")
+        stream: Stream = asyncio.Queue()
+        self._streams[add.request_id] = stream
+        self._send(add)
+        done = False
+        try:
+            while not done:
+                output = await stream.get()
+                if isinstance(output, EngineDied):
+                    done = True
+                    self._check_alive()
+                    return
+                done = isinstance(output, RequestOutput) and output.finished is not None
+                yield output
+        finally:
+            del self._streams[add.request_id]
+            if not done:
+                self._send(AbortRequest(add.request_id))
+
+    async def stats(self) -> EngineStats:
+        """The engine's truth, read between two steps."""
+        self._check_alive()
+        reply_id = next(self._reply_ids)
+        future: asyncio.Future[EngineStats] = self.loop.create_future()
+        self._replies[reply_id] = future
+        self._send(GetStats(reply_id))
+        try:
+            return await future
+        finally:
+            del self._replies[reply_id]
+
+    def check_integrity(self) -> None:
+        """For tests, from the engine's own thread: raise AssertionError unless its books agree."""
+        self._engine.engine.check_integrity()
+
+    async def shutdown(self, *, drain: bool, timeout: float) -> None:
+        """Take no new requests; finish (or, without `drain` or past `timeout` seconds, cancel) those there are."""
+        self._stopping = True
+        for step in [drain, False] if drain else [False]:
+            self._send(Shutdown(step))
+            await asyncio.to_thread(self._thread.join, timeout)
+            if not self._thread.is_alive():
+                return
+        log.error("the engine did not stop within %.0f s", timeout)
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise Internal("ENGINE_DIED", f"the engine has died and this replica must restart: {self._death.error}")
+
+    def _send(self, message: EngineInput) -> None:
+        self._engine.inbox.put(message)
+
+    def _emit(self, outputs: Sequence[EngineOutput]) -> None:
+        """Called by the engine's thread, once per step."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: Sequence[EngineOutput]) -> None:
+        for output in outputs:
+            if isinstance(output, StatsReply):
+                reply = self._replies.get(output.reply_id)
+                if reply is not None and not reply.done():
+                    reply.set_result(output.stats)
+            elif isinstance(output, EngineDied):
+                self._death = output
+                self.died.set()
+                for stream in self._streams.values():
+                    stream.put_nowait(output)
+                for future in self._replies.values():
+                    if not future.done():
+                        future.set_exception(Internal("ENGINE_DIED", output.error))
+            elif output.request_id in self._streams:
+                self._streams[output.request_id].put_nowait(output)

@@ -1,0 +1,116 @@
+"""What the inference service is told at start: frozen, checked at construction, passed on explicitly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MAX_LORA_RANK = 512
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the flag and what to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """Room for adapters.
+
+    max_loras: most adapters resident in the slot pool
+    max_lora_rank: highest rank a module may have; with max_loras it sizes the pool
+    max_cpu_loras: most adapters in host memory
+    max_disk_bytes: bytes of packed adapters kept on this node's disk
+    """
+
+    max_loras: int = 8
+    max_lora_rank: int = 64
+    max_cpu_loras: int = 32
+    max_disk_bytes: int = 8 << 30
+
+    def __post_init__(self) -> None:
+        _at_least("--max-loras", self.max_loras, 1)
+        _at_least("--max-lora-rank", self.max_lora_rank, 1)
+        _at_least("--max-disk-bytes", self.max_disk_bytes, 1)
+        if self.max_lora_rank > MAX_LORA_RANK:
+            raise ConfigError(f"--max-lora-rank is {self.max_lora_rank}; at most {MAX_LORA_RANK} is served")
+        if self.max_cpu_loras < self.max_loras:
+            raise ConfigError(
+                f"--max-cpu-loras ({self.max_cpu_loras}) is below --max-loras ({self.max_loras}): "
+                "every resident adapter also has its copy in host memory; raise the first or lower the second"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What one engine step may hold.
+
+    max_model_len: most tokens of prompt and answer together
+    max_num_seqs: most requests running at once
+    max_num_batched_tokens: most tokens in one step; longer prompts are cut into chunks
+    block_size: tokens a KV block holds
+    num_blocks: KV blocks, the null block included
+    """
+
+    max_model_len: int
+    num_blocks: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least("--max-model-len", self.max_model_len, 2)
+        _at_least("--max-num-seqs", self.max_num_seqs, 1)
+        _at_least("--block-size", self.block_size, 1)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) is below --max-num-seqs "
+                f"({self.max_num_seqs}): every running request needs a token of each step"
+            )
+        room = (self.num_blocks - 1) * self.block_size
+        if room < self.max_model_len:
+            raise ConfigError(
+                f"the KV cache holds {room} tokens, fewer than --max-model-len ({self.max_model_len}); "
+                "raise --kv-cache-memory-bytes or lower --max-model-len"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Everything the command line says.
+
+    max_model_len: 0 takes the model's own length
+    http_port: None serves no HTTP
+    adapter_store: host:port of the store; None serves the base model alone
+    threads: 0 takes the cores this process may use
+    """
+
+    model: Path
+    served_model_name: str = ""
+    dtype: str = "auto"
+    device: str = "cpu"
+    host: str = "127.0.0.1"
+    port: int = 50051
+    http_port: int | None = 8000
+    adapter_store: str | None = None
+    data_dir: Path = Path(".data/inference")
+    max_model_len: int = 0
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_memory_bytes: int = 1 << 30
+    shutdown_grace: float = 30.0
+    threads: int = 0
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"--dtype is {self.dtype!r}; served are auto, float32 and bfloat16")
+        if self.device != "cpu":
+            raise ConfigError(f"--device is {self.device!r}; only cpu is served yet")
+        if not self.model.exists():
+            raise ConfigError(f"--model: nothing is at {self.model}; give a Hugging Face directory or a .gguf file")
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{flag} is {value}; it must be at least {least}")

@@ -1,0 +1,215 @@
+"""The engine: requests in, tokens out, one step at a time. Knows no tensors, no network and no text."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from services.inference.engine.interfaces import Adapters, Runner, SampledToken, ScheduledRequest
+from services.inference.engine.messages import (
+    AddRequest,
+    EngineOutput,
+    EngineStats,
+    RequestFinished,
+    RequestOutput,
+    RequestStarted,
+    RequestTimes,
+)
+from services.inference.engine.request import Request, RequestStatus
+from services.inference.engine.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+StepLog = Callable[[list[ScheduledRequest]], None]
+
+
+class DeadlinePassedError(TimeoutError):
+    """A request's deadline passed before its answer was complete."""
+
+
+class Engine:
+    """Owns the requests from arrival to their last token.
+
+    clock: monotonic seconds
+    step_log: called with every step before it runs, for tests and traces
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        adapters: Adapters,
+        clock: Callable[[], float],
+        step_log: StepLog | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.adapters = adapters
+        self._clock = clock
+        self._step_log = step_log
+        self._requests: dict[str, Request] = {}
+        self._outputs: list[EngineOutput] = []
+        self._steps = 0
+        self._max_adapters_in_step = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, add: AddRequest) -> None:
+        """Take a request in; its adapter starts on its way to memory if it is not there."""
+        now = self._clock()
+        request = Request(
+            add.request_id,
+            add.prompt_token_ids,
+            add.sampling,
+            add.stopping,
+            add.adapter,
+            deadline=None if add.timeout is None else now + add.timeout,
+            arrival_time=now,
+        )
+        if add.adapter is not None:
+            request.arrival_tier = self.adapters.tier(add.adapter)
+        self._requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; whatever it holds is free for the next step. Unknown ids are ignored."""
+        if (request := self._requests.get(request_id)) is not None:
+            self._give_up(request)
+
+    def step(self) -> list[EngineOutput]:
+        """Schedule, run, update. Empty-handed when nothing could run."""
+        self._expire()
+        self._bind_adapters()
+        step = self.scheduler.schedule()
+        if step:
+            self._record(step)
+            for scheduled, sampled in zip(step, self.runner.run(step), strict=True):
+                self._update(scheduled, sampled)
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[EngineOutput]:
+        """What there is to tell since the last time."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def next_deadline(self) -> float | None:
+        """Seconds until the next deadline of a request; None when there is none."""
+        deadlines = [request.deadline for request in self._requests.values() if request.deadline is not None]
+        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for request in list(self._requests.values()):
+            if request.deadline is not None and request.deadline <= now:
+                self._give_up(request, DeadlinePassedError("the deadline passed"))
+
+    def _bind_adapters(self) -> None:
+        """Claim adapters for those who wait for one, and let go those whose adapter has come, or never will."""
+        self.adapters.poll()
+        for request in list(self.scheduler.waiting):
+            if request.status is not RequestStatus.WAITING_FOR_ADAPTER:
+                continue
+            if request.adapter is not None:
+                request.claimed = request.claimed or self.adapters.try_claim(request.adapter)
+                if not request.claimed:
+                    continue
+                if (failure := self.adapters.failure(request.adapter)) is not None:
+                    self._give_up(request, failure)
+                    continue
+                if not self.adapters.is_ready(request.adapter):
+                    continue
+            request.adapter_ready_time = self._clock()
+            request.set_status(RequestStatus.WAITING)
+
+    def _record(self, step: list[ScheduledRequest]) -> None:
+        now = self._clock()
+        self._steps += 1
+        distinct = {scheduled.request.slot for scheduled in step} - {None}
+        self._max_adapters_in_step = max(self._max_adapters_in_step, len(distinct))
+        for scheduled in step:
+            request = scheduled.request
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = now
+                self._prompt_tokens += len(request.prompt_token_ids)
+                self._outputs.append(RequestStarted(request.request_id, request.arrival_tier, cached_tokens=0))
+        if self._step_log is not None:
+            self._step_log(step)
+
+    def _update(self, scheduled: ScheduledRequest, sampled: SampledToken | None) -> None:
+        request = scheduled.request
+        if sampled is not None and sampled.error is not None:
+            self._give_up(request, sampled.error)
+            return
+        request.num_computed_tokens += scheduled.num_tokens
+        if sampled is None:
+            return
+        request.token_ids.append(sampled.token_id)
+        self._generation_tokens += 1
+        times = None
+        if request.first_token_time is None:
+            request.first_token_time = self._clock()
+            times = self._times(request)
+        stopping, count = request.stopping, request.num_output_tokens
+        stopped = sampled.token_id in stopping.stop_token_ids and count > stopping.min_tokens
+        finished = None
+        if stopped:
+            self._end(request, RequestStatus.FINISHED_STOPPED)
+            finished = RequestFinished("STOP", stop_token_id=sampled.token_id)
+        elif count >= stopping.max_tokens:
+            self._end(request, RequestStatus.FINISHED_LENGTH)
+            finished = RequestFinished("LENGTH")
+        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
+        self._outputs.append(RequestOutput(request.request_id, (sampled.token_id,), logprobs, times, finished))
+
+    def _times(self, request: Request) -> RequestTimes:
+        assert request.first_scheduled_time is not None and request.first_token_time is not None
+        arrival = request.arrival_time
+        return RequestTimes(
+            queue=request.first_scheduled_time - arrival,
+            adapter_load=request.adapter_ready_time - arrival if request.arrival_tier in ("STORE", "DISK") else 0.0,
+            ttft=request.first_token_time - arrival,
+        )
+
+    def _give_up(self, request: Request, error: Exception | None = None) -> None:
+        """End a request without an answer: cancelled, or failed with `error`."""
+        self._end(request, RequestStatus.FINISHED_CANCELLED if error is None else RequestStatus.FINISHED_ERROR)
+        finished = RequestFinished("CANCELLED" if error is None else "ERROR", error=error)
+        self._outputs.append(RequestOutput(request.request_id, finished=finished))
+
+    def _end(self, request: Request, status: RequestStatus) -> None:
+        self.scheduler.finish(request, status)
+        if request.claimed and request.adapter is not None:
+            self.adapters.unclaim(request.adapter)
+            request.claimed = False
+        del self._requests[request.request_id]
+
+    def stats(self) -> EngineStats:
+        """The engine's truth at this moment."""
+        pool = self.scheduler.kv.pool
+        waiting = Counter(request.adapter.digest for request in self.scheduler.waiting if request.adapter is not None)
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks=pool.num_blocks - 1,
+            blocks_free=pool.num_free,
+            block_size=self.scheduler.kv.block_size,
+            steps=self._steps,
+            preemptions=self.scheduler.preemptions,
+            slot_evictions=self.adapters.evictions,
+            adapter_loads=self.adapters.loads,
+            max_adapters_in_step=self._max_adapters_in_step,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            adapters=tuple(self.adapters.list(waiting)),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every owner's books agree."""
+        self.scheduler.check_integrity()
+        self.adapters.check_integrity()
+        assert set(self._requests.values()) == set(self.scheduler.requests()), "a request is lost"

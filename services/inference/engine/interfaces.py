@@ -1,0 +1,80 @@
+"""What the engine is handed: a runner and the adapters. It imports neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.inference.engine.messages import ResidentAdapter, TokenLogprobs
+from services.inference.engine.request import AdapterVersion, Request
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """A request's share of a step: its next `num_tokens` uncomputed tokens."""
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the request's last token, and so brings its next one."""
+        return self.num_tokens == self.request.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of a request; or, with `error`, why it cannot have one."""
+
+    token_id: int = 0
+    logprobs: TokenLogprobs | None = None
+    error: Exception | None = None
+
+
+class Runner(Protocol):
+    """Runs the model."""
+
+    def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
+        """Compute one step; an entry per request, None for one that does not sample in it."""
+
+
+class Adapters(Protocol):
+    """Adapters on this replica. Called by the engine's thread only; nothing here waits.
+
+    A *claim* keeps an adapter's copy in host memory for a request's life; a *slot* its place in the pool while the
+    request runs.
+    """
+
+    def tier(self, adapter: AdapterVersion) -> str:
+        """STORE, DISK, CPU or GPU."""
+
+    def try_claim(self, adapter: AdapterVersion) -> bool:
+        """Claim room in host memory, fetching the adapter if it is not there; False when others have all the room."""
+
+    def unclaim(self, adapter: AdapterVersion) -> None: ...
+
+    def is_ready(self, adapter: AdapterVersion) -> bool:
+        """Whether a claimed adapter is in host memory."""
+
+    def failure(self, adapter: AdapterVersion) -> Exception | None:
+        """Why a claimed adapter could not be fetched."""
+
+    def acquire(self, adapter: AdapterVersion) -> int | None:
+        """The slot of a ready adapter, loaded and held; None when every slot is held for others."""
+
+    def release(self, adapter: AdapterVersion) -> None: ...
+
+    def poll(self) -> None:
+        """Take in what fetches have ended."""
+
+    def list(self, waiting: Mapping[str, int]) -> list[ResidentAdapter]:
+        """Every adapter asked for, the last one first; `waiting` counts waiting requests by digest."""
+
+    @property
+    def evictions(self) -> int: ...
+
+    @property
+    def loads(self) -> int: ...
+
+    def check_integrity(self) -> None: ...

@@ -1,0 +1,84 @@
+"""The engine's own thread: takes what came in, steps, sends out what there is to tell, one message batch per step."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable, Sequence
+
+from services.inference.engine.engine import Engine
+from services.inference.engine.messages import (
+    AbortRequest,
+    AdaptersChanged,
+    AddRequest,
+    EngineDied,
+    EngineInput,
+    EngineOutput,
+    GetStats,
+    Shutdown,
+    StatsReply,
+)
+
+log = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """Runs an engine until it is told to shut down. `inbox` may be filled by any thread.
+
+    emit: called with every step's outputs, from the loop's thread
+    """
+
+    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[EngineInput]) -> None:
+        self.engine = engine
+        self.inbox = inbox
+        self.emit: Callable[[Sequence[EngineOutput]], None] = lambda _outputs: None
+        self._shutdown: Shutdown | None = None
+
+    def run(self) -> None:
+        try:
+            progress = False
+            while True:
+                self._receive(wait=not progress)
+                if self._shutdown is not None and not (self._shutdown.drain and self.engine.has_requests):
+                    break
+                outputs = self.engine.step()
+                progress = bool(self.engine.scheduler.running) or bool(outputs)
+                if outputs:
+                    self.emit(outputs)
+            self._cancel_all()
+        except Exception as error:
+            log.exception("the engine died")
+            self.emit([EngineDied(repr(error))])
+
+    def _receive(self, *, wait: bool) -> None:
+        """Handle everything in the inbox; with `wait`, first sleep until something comes or a deadline passes."""
+        if wait:
+            try:
+                self._handle(self.inbox.get(timeout=self.engine.next_deadline()))
+            except queue.Empty:
+                return
+        while True:
+            try:
+                message = self.inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._handle(message)
+
+    def _handle(self, message: EngineInput) -> None:
+        match message:
+            case AddRequest():
+                self.engine.add(message)
+            case AbortRequest(request_id):
+                self.engine.abort(request_id)
+            case GetStats(reply_id):
+                self.emit([StatsReply(reply_id, self.engine.stats())])
+            case AdaptersChanged():
+                pass  # being awake is all it asks; the next step polls
+            case Shutdown():
+                self._shutdown = message
+
+    def _cancel_all(self) -> None:
+        for request in list(self.engine.scheduler.requests()):
+            self.engine.abort(request.request_id)
+        if outputs := self.engine.take_outputs():
+            self.emit(outputs)

@@ -1,0 +1,156 @@
+"""What the serving face and the engine say to each other: picklable, so that either may move to its own process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.inference.engine.request import AdapterVersion, SamplingParams, StoppingParams
+
+# ---- face → engine
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """Generate. `timeout` is seconds from now until the caller's deadline, if it has one."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stopping: StoppingParams
+    adapter: AdapterVersion | None = None
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """Stop a request whose answer nobody waits for any more. Unknown ids are ignored: it may just have ended."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class GetStats:
+    """Ask for an `EngineStats`, answered between two steps."""
+
+    reply_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersChanged:
+    """Wake up: a fetch has ended. Sent by the adapter manager's workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End the loop. With `drain`, first finish every request the engine has."""
+
+    drain: bool
+
+
+EngineInput = AddRequest | AbortRequest | GetStats | AdaptersChanged | Shutdown
+
+# ---- engine → face
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the chosen token, and of the likeliest ones, likeliest first."""
+
+    chosen: float
+    top_ids: tuple[int, ...] = ()
+    top: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStarted:
+    """The first word about a request, as its first step begins. `tier` is where its adapter was when it came: STORE,
+    DISK, CPU or GPU; '' for the base model."""
+
+    request_id: str
+    tier: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """Seconds from a request's arrival to its first step (queue), to its adapter in memory (adapter_load, 0 when it
+    was there) and to its first token (ttft)."""
+
+    queue: float = 0.0
+    adapter_load: float = 0.0
+    ttft: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """The last word about a request, beside its last tokens.
+
+    reason: STOP, LENGTH, CANCELLED or ERROR; with ERROR, `error` says what to raise
+    stop_token_id: the id that ended it, when one did
+    """
+
+    reason: str
+    stop_token_id: int | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step brought one request. `times` comes with the first token."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    times: RequestTimes | None = None
+    finished: RequestFinished | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """An adapter as the engine sees it. tier: STORE, DISK, CPU or GPU; slot: None unless GPU."""
+
+    adapter: AdapterVersion
+    tier: str
+    slot: int | None
+    pages: int
+    references: int
+    waiting: int
+    requests: int
+    rank: int
+    cpu_bytes: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine's truth at one moment. Counters count from the start."""
+
+    running: int
+    waiting: int
+    blocks: int
+    blocks_free: int
+    block_size: int
+    steps: int
+    preemptions: int
+    slot_evictions: int
+    adapter_loads: int
+    max_adapters_in_step: int
+    prompt_tokens: int
+    generation_tokens: int
+    adapters: tuple[ResidentAdapter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StatsReply:
+    reply_id: int
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDied:
+    """The engine ended by a fault of its own; every request it had is lost."""
+
+    error: str
+
+
+EngineOutput = RequestStarted | RequestOutput | StatsReply | EngineDied

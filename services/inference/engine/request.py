@@ -1,0 +1,136 @@
+"""A request inside the engine, and the one function that moves it between states.
+
+WAITING_FOR_ADAPTER ──adapter in memory──▸ WAITING ──blocks, slot──▸ RUNNING ──▸ FINISHED_*
+                                              ▲                       │
+                                              └──── PREEMPTED ◂───────┘ KV cache full: computed again later
+and from anywhere to FINISHED_CANCELLED and FINISHED_ERROR
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+log = logging.getLogger(__name__)
+
+
+class RequestStatus(IntEnum):
+    """Ordered: everything above PREEMPTED has ended."""
+
+    WAITING_FOR_ADAPTER = 0
+    WAITING = 1
+    RUNNING = 2
+    PREEMPTED = 3
+    FINISHED_STOPPED = 4
+    FINISHED_LENGTH = 5
+    FINISHED_CANCELLED = 6
+    FINISHED_ERROR = 7
+
+    @property
+    def finished(self) -> bool:
+        return self > RequestStatus.PREEMPTED
+
+
+_ENDS = {RequestStatus.FINISHED_CANCELLED, RequestStatus.FINISHED_ERROR}
+_ALLOWED: Mapping[RequestStatus, set[RequestStatus]] = {
+    RequestStatus.WAITING_FOR_ADAPTER: {RequestStatus.WAITING, *_ENDS},
+    RequestStatus.WAITING: {RequestStatus.RUNNING, *_ENDS},
+    RequestStatus.RUNNING: {
+        RequestStatus.PREEMPTED,
+        RequestStatus.FINISHED_STOPPED,
+        RequestStatus.FINISHED_LENGTH,
+        *_ENDS,
+    },
+    RequestStatus.PREEMPTED: {RequestStatus.RUNNING, *_ENDS},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a token is chosen; the defaults are greedy. Ranges are checked where requests come in."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingParams:
+    """When an answer ends, as far as token ids tell. Stop texts are the detokenizer's to see."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """The version a request is bound to for its whole life. `digest` is its identity; the names are for people."""
+
+    name: str
+    version: int
+    digest: str
+    pack_digest: str
+    pack_size: int
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence being generated.
+
+    token_ids: prompt and output; the first `num_computed_tokens` have their keys and values in the blocks
+    slot: where its adapter lies in the pool while the request holds it; None for the base model, or while it waits
+    arrival_tier: where its adapter was when it came; '' for the base model
+    claimed: whether it keeps its adapter in host memory
+    deadline, the times: seconds of the engine's clock
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stopping: StoppingParams
+    adapter: AdapterVersion | None = None
+    deadline: float | None = None
+    arrival_time: float = 0.0
+
+    status: RequestStatus = RequestStatus.WAITING_FOR_ADAPTER
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    slot: int | None = None
+    arrival_tier: str = ""
+    claimed: bool = False
+    adapter_ready_time: float = 0.0
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[len(self.prompt_token_ids) :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def set_status(self, status: RequestStatus) -> None:
+        """Move to `status`; a move that is not drawn above is a bug and raises."""
+        if status not in _ALLOWED.get(self.status, set()):
+            raise AssertionError(f"request {self.request_id}: {self.status.name} → {status.name} is not allowed")
+        log.debug("request %s: %s → %s", self.request_id, self.status.name, status.name)
+        self.status = status

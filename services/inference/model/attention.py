@@ -1,0 +1,97 @@
+"""Paged attention in torch: keys and values live in blocks, a batch names which.
+
+What a block holds beyond a request's tokens is garbage of whoever had it before, perhaps NaN. It is read only through
+a selection (`masked_fill`), never through a product with zero, so it cannot reach an answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from services.inference.model.memory import reserve
+
+
+class KVCache:
+    """Keys and values of every layer: keys, values [layers, blocks * block_size, kv_heads, head_dim]."""
+
+    def __init__(
+        self, num_layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        shape = (num_layers, num_blocks * block_size, kv_heads, head_dim)
+        self.keys = reserve(shape, dtype)
+        self.values = reserve(shape, dtype)
+        self.block_size = block_size
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSequence:
+    """Rows [start, end) of the batch are the last tokens of one request's context.
+
+    cache_rows: [context] int64, where in the cache each token of the context lies
+    """
+
+    start: int
+    end: int
+    cache_rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """How the rows of a forward pass attend.
+
+    new_rows: [rows] int64, where in the cache each row's key and value go
+    prefill: requests with more than one row
+    decode_rows: [n] int64, rows of the batch that are alone in their request
+    decode_cache_rows: [n, longest] int64, their contexts in the cache, padded
+    decode_padding: [n, longest] bool, True where that is padding
+    """
+
+    new_rows: Tensor
+    prefill: tuple[PrefillSequence, ...]
+    decode_rows: Tensor
+    decode_cache_rows: Tensor
+    decode_padding: Tensor
+
+
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, batch: AttentionBatch) -> Tensor:
+    """Write the new keys and values, then attend causally.
+
+    Shape:
+        q: [rows, heads, head_dim]   k, v: [rows, kv_heads, head_dim]   returns [rows, heads * head_dim]
+    """
+    keys, values = cache.keys[layer], cache.values[layer]
+    keys[batch.new_rows] = k
+    values[batch.new_rows] = v
+    out = torch.empty_like(q)
+    for sequence in batch.prefill:
+        rows = slice(sequence.start, sequence.end)
+        out[rows] = _prefill(q[rows], keys[sequence.cache_rows], values[sequence.cache_rows])
+    if batch.decode_rows.numel():
+        out[batch.decode_rows] = _decode(q[batch.decode_rows], keys, values, batch)
+    return out.flatten(1)
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One request's newest tokens against its whole context, which ends with them: no padding anywhere."""
+    new, context = q.shape[0], k.shape[0]
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    if new == context:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        visible = torch.ones(new, context, dtype=torch.bool).tril(context - new)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def _decode(q: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
+    """One token of each of n requests, contexts padded to the longest."""
+    padding = batch.decode_padding[:, :, None, None]
+    k = keys[batch.decode_cache_rows].masked_fill_(padding, 0).transpose(1, 2)
+    v = values[batch.decode_cache_rows].masked_fill_(padding, 0).transpose(1, 2)
+    visible = ~batch.decode_padding[:, None, None, :]
+    out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=visible, enable_gqa=True)
+    return out.squeeze(2)

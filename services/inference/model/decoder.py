@@ -1,0 +1,101 @@
+"""The decoder: one file for the Llama family, driven by its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from services.inference.model.attention import AttentionBatch, KVCache, paged_attention
+from services.inference.model.config import ModelConfig
+from services.inference.model.layers import RotaryEmbedding, rms_norm, rotate
+from services.inference.model.lora import LINEAR_GROUPS, LoraLayer
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer's weights; linears that share their input are stacked into one."""
+
+    input_norm: Tensor
+    post_attention_norm: Tensor
+    qkv: Tensor
+    o: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One forward pass.
+
+    token_ids, positions: [rows] int64
+    attention: how rows attend
+    sampled_rows: [n] int64, the rows whose logits are wanted
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    attention: AttentionBatch
+    sampled_rows: Tensor
+
+
+class Decoder:
+    """Weights of the base model and the forward pass over them."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self._embedding = weights["model.embed_tokens.weight"]
+        self._layers = [_layer(weights, f"model.layers.{index}.") for index in range(config.num_layers)]
+        self._norm = weights["model.norm.weight"]
+        self._head = self._embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        self._rotary = RotaryEmbedding(config)
+
+    def forward(self, batch: ForwardBatch, cache: KVCache, lora: Callable[[int], LoraLayer]) -> Tensor:
+        """Logits [n, vocab] of the rows asked for, float32. `lora(layer)` gives that layer's adapters."""
+        eps = self.config.rms_norm_eps
+        cos_sin = self._rotary.at(batch.positions)
+        x = F.embedding(batch.token_ids, self._embedding)
+        for index, layer in enumerate(self._layers):
+            adapters = lora(index)
+            x = x + self._attention(rms_norm(x, layer.input_norm, eps), layer, index, cos_sin, batch, cache, adapters)
+            x = x + self._mlp(rms_norm(x, layer.post_attention_norm, eps), layer, adapters)
+        x = rms_norm(x[batch.sampled_rows], self._norm, eps)
+        return F.linear(x, self._head).float()
+
+    def _attention(
+        self,
+        x: Tensor,
+        layer: DecoderLayer,
+        index: int,
+        cos_sin: tuple[Tensor, Tensor],
+        batch: ForwardBatch,
+        cache: KVCache,
+        adapters: LoraLayer,
+    ) -> Tensor:
+        heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        qkv = adapters.add("qkv", F.linear(x, layer.qkv), x)
+        q, k, v = torch.split(qkv.view(-1, heads + 2 * kv_heads, head_dim), [heads, kv_heads, kv_heads], dim=1)
+        out = paged_attention(rotate(q, *cos_sin), rotate(k, *cos_sin), v, cache, index, batch.attention)
+        return adapters.add("o", F.linear(out, layer.o), out)
+
+    def _mlp(self, x: Tensor, layer: DecoderLayer, adapters: LoraLayer) -> Tensor:
+        gate, up = adapters.add("gate_up", F.linear(x, layer.gate_up), x).chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        return adapters.add("down", F.linear(inner, layer.down), inner)
+
+
+def _layer(weights: Mapping[str, Tensor], prefix: str) -> DecoderLayer:
+    def stacked(group: str) -> Tensor:
+        return torch.cat([weights[f"{prefix}{name}.weight"] for name in LINEAR_GROUPS[group]])
+
+    return DecoderLayer(
+        input_norm=weights[prefix + "input_layernorm.weight"],
+        post_attention_norm=weights[prefix + "post_attention_layernorm.weight"],
+        qkv=stacked("qkv"),
+        o=stacked("o"),
+        gate_up=stacked("gate_up"),
+        down=stacked("down"),
+    )

@@ -1,0 +1,170 @@
+"""Puts the inference service together, and takes it down again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import torch
+import uvicorn
+
+from multilora.inference.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from services.common.gguf_config import open_gguf
+from services.common.profile import linear_shapes
+from services.common.rpc import GrpcServer
+from services.inference.adapters.disk_cache import DiskCache
+from services.inference.adapters.manager import AdapterManager
+from services.inference.adapters.packed_adapter import BaseModelShapes
+from services.inference.adapters.slot_pool import SlotPool
+from services.inference.adapters.store_client import NameClient, PullClient
+from services.inference.async_engine import AsyncEngine
+from services.inference.config import SchedulerConfig, ServerConfig
+from services.inference.control_servicer import AdapterControlServicer
+from services.inference.engine.engine import Engine, StepLog
+from services.inference.engine.loop import EngineLoop
+from services.inference.engine.messages import AdaptersChanged, EngineInput
+from services.inference.engine.scheduler import Scheduler
+from services.inference.http.app import create_app
+from services.inference.model.attention import KVCache
+from services.inference.model.config import ModelConfig, load_config
+from services.inference.model.decoder import Decoder
+from services.inference.model.lora import group_shapes
+from services.inference.model.runner import ModelRunner
+from services.inference.model.sampler import Sampler
+from services.inference.model.weights import load_weights
+from services.inference.resolver import Resolver
+from services.inference.servicer import InferenceServicer
+from services.inference.serving import Serving
+from services.inference.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A service that answers: what it serves, and where. http_port: None when no HTTP is served."""
+
+    serving: Serving
+    port: int
+    http_port: int | None
+
+
+def build_engine(config: ServerConfig, model: ModelConfig, *, sampler: Sampler, step_log: StepLog | None) -> EngineLoop:
+    """Load the weights, set the KV cache and the slot pool aside, and wire the engine; nothing runs yet."""
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    decoder = Decoder(model, load_weights(config.model, model))
+    num_blocks = config.kv_cache_memory_bytes // (model.kv_bytes_per_token * config.block_size)
+    limits = SchedulerConfig(
+        max_model_len=model.max_model_len,
+        num_blocks=num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+    )
+    cache = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
+    room = config.adapters
+    pool = SlotPool(group_shapes(model), model.num_layers, room.max_loras, room.max_lora_rank, model.dtype)
+    inbox: queue.SimpleQueue[EngineInput] = queue.SimpleQueue()
+    adapters = AdapterManager(
+        PullClient(config.adapter_store) if config.adapter_store else None,
+        DiskCache(config.data_dir / "adapters", room.max_disk_bytes),
+        pool,
+        BaseModelShapes(linear_shapes(model.hf_config), room.max_lora_rank, model.dtype),
+        room.max_cpu_loras,
+        notify=lambda: inbox.put(AdaptersChanged()),
+    )
+    runner = ModelRunner(decoder, cache, pool, sampler)
+    return EngineLoop(Engine(Scheduler(limits, adapters), runner, adapters, time.monotonic, step_log), inbox)
+
+
+@contextlib.asynccontextmanager
+async def serve(
+    config: ServerConfig, *, sampler: Sampler | None = None, step_log: StepLog | None = None
+) -> AsyncIterator[RunningServer]:
+    """Serve while the context is open; leaving it finishes what runs, within the grace, and takes no more.
+
+    sampler, step_log: the tests' windows into what the engine does
+    """
+    started = time.monotonic()
+    model = load_config(
+        config.model, name=config.served_model_name, dtype=config.dtype, max_model_len=config.max_model_len
+    )
+    tokenizer = Tokenizer.load(config.model, model.eos_token_ids)
+    loop = build_engine(config, model, sampler=sampler or Sampler(), step_log=step_log)
+    open_gguf.cache_clear()
+
+    grpc_server = GrpcServer(
+        [
+            inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+            control_pb2.DESCRIPTOR.services_by_name["AdapterControlService"].full_name,
+        ]
+    )
+    names = NameClient(config.adapter_store, model.name) if config.adapter_store else None
+    engine = AsyncEngine(loop)
+    resolver = Resolver(model.name, names.resolve if names is not None else None)
+    serving = Serving(config, model, tokenizer, resolver, engine)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(serving), grpc_server.server)
+    control_pb2_grpc.add_AdapterControlServiceServicer_to_server(AdapterControlServicer(serving, started), grpc_server.server)
+    port = grpc_server.bind(f"{config.host}:{config.port}")
+    await grpc_server.start()
+    async with _http(config, serving) as http_port:
+        await grpc_server.set_serving(True)
+        watch = asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))
+        log.info("ready after %.1f s", time.monotonic() - started)
+        try:
+            yield RunningServer(serving, port, http_port)
+        finally:
+            log.info("shutting down; requests have %.0f s to finish", config.shutdown_grace)
+            watch.cancel()
+            await grpc_server.set_serving(False)
+            await engine.shutdown(drain=True, timeout=config.shutdown_grace)
+            await grpc_server.stop(grace=1.0)
+            if names is not None:
+                await names.close()
+
+
+async def _unhealthy_when_dead(engine: AsyncEngine, grpc_server: GrpcServer) -> None:
+    await engine.died.wait()
+    await grpc_server.set_serving(False)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn beside gRPC in one loop: signals are the process's business, not its."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _http(config: ServerConfig, serving: Serving) -> AsyncIterator[int | None]:
+    if config.http_port is None:
+        yield None
+        return
+    server = _Uvicorn(
+        uvicorn.Config(
+            create_app(serving),
+            host=config.host,
+            port=config.http_port,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+        )
+    )
+    task = asyncio.create_task(server.serve())
+    while not server.started and not task.done():  # noqa: ASYNC110  (uvicorn tells in no other way)
+        await asyncio.sleep(0.01)
+    if task.done():
+        await task
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await task
