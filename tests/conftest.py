@@ -16,8 +16,8 @@ from typing import Any
 
 import grpc
 import pytest
-from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
 
+from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
 from tests.assets.tiny_model import make_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]

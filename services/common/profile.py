@@ -74,7 +74,8 @@ def profile_from_config(
     if lora_extra_vocab_size:
         raise Unimplemented.not_yet("lora_extra_vocab_size above 0")
     config = _parse(config_json)
-    architecture = (config.get("architectures") or ["?"])[0]
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else "?"
     if architecture not in ARCHITECTURES:
         raise Unimplemented(
             "UNSUPPORTED_ARCHITECTURE",
@@ -118,7 +119,7 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 def _parse(config_json: str) -> dict[str, Any]:
     try:
         config = json.loads(config_json)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(
             "INVALID_CONFIG", f"config_json is no JSON ({error}); send the model's config.json", field="config_json"
         ) from error

@@ -22,7 +22,7 @@ from services.common.errors import ERRORS_BY_CODE, Internal, MultiloraError, Una
 ERROR_DOMAIN = "multilora"
 MAX_MESSAGE_BYTES = 8 << 20
 HEALTHY = health_pb2.HealthCheckResponse.SERVING
-# A status travels in HTTP/2 trailers, of which peers accept 8 KiB: the message itself, then again in base64.
+# A status travels in HTTP/2 trailers, of which peers accept 8 KiB: the message percent-encoded, then again in base64.
 MAX_TEXT_BYTES = 2400
 MAX_DETAIL_BYTES = 400
 UNHEALTHY = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -57,16 +57,25 @@ def to_status(error: MultiloraError) -> status_pb2.Status:
 
 
 def _cut(text: str, most: int) -> str:
-    """The text, cut to `most` bytes: a caller's own input in a message must not make the answer undeliverable."""
-    data = text.encode(errors="replace")
-    return data.decode() if len(data) <= most else data[: most - 3].decode(errors="ignore") + "..."
+    """The text, cut to `most` bytes: a caller's own input in a message must not make the answer undeliverable.
+
+    Bytes outside printable ASCII count three times, as percent-encoding makes three of each.
+    """
+    data, end, left = text.encode(errors="replace"), 0, most - 3
+    while end < len(data) and left >= 0:
+        left -= 1 if 32 <= data[end] < 127 else 3
+        end += 1
+    return data.decode() if left >= 0 else data[: end - 1].decode(errors="ignore") + "..."
 
 
 def from_rpc_error(error: grpc.RpcError) -> MultiloraError:
     """The error a server raised, rebuilt from what came over the wire."""
     code, message = error.code(), error.details() or ""
     kind = ERRORS_BY_CODE.get(code.name, Internal)
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # someone on the way changed the code, so the details are not about it
+        status = None
     reason, metadata, field, retry_after = code.name, {}, "", None
     for detail in status.details if status is not None else ():
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):

@@ -45,6 +45,11 @@ class AsyncEngine:
         self._thread = threading.Thread(target=engine.run, name="engine", daemon=True)
         self._thread.start()
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether new requests are taken: the engine lives and is not shutting down."""
+        return self._death is None and not self._stopping
+
     def in_flight(self, request_id: str) -> bool:
         return request_id in self._streams
 

@@ -17,7 +17,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdapterControlServicer(control_pb2_grpc.AdapterControlServiceServicer):
-    """started: when the replica started, in seconds of the monotonic clock"""
+    """What this replica holds, its limits and its load.
+
+    started: when the replica started, in seconds of the monotonic clock
+    """
 
     def __init__(self, serving: Serving, started: float) -> None:
         self._serving = serving

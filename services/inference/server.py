@@ -110,7 +110,9 @@ async def serve(
     resolver = Resolver(model.name, names.resolve if names is not None else None)
     serving = Serving(config, model, tokenizer, resolver, engine)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(serving), grpc_server.server)
-    control_pb2_grpc.add_AdapterControlServiceServicer_to_server(AdapterControlServicer(serving, started), grpc_server.server)
+    control_pb2_grpc.add_AdapterControlServiceServicer_to_server(
+        AdapterControlServicer(serving, started), grpc_server.server
+    )
     port = grpc_server.bind(f"{config.host}:{config.port}")
     await grpc_server.start()
     async with _http(config, serving) as http_port:

@@ -8,6 +8,14 @@ import grpc
 import grpc.aio
 
 from multilora.adapter_store.v1 import store_pb2, store_pb2_grpc
+from services.common.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    MultiloraError,
+    NotFound,
+    Unavailable,
+)
 from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
 from services.inference.engine.request import AdapterVersion
 
@@ -32,7 +40,7 @@ class NameClient:
         try:
             response = await self._stub.ResolveAdapter(request, timeout=RESOLVE_TIMEOUT)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
+            raise _while_resolving(from_rpc_error(error)) from None
         identity = response.identity
         return AdapterVersion(
             identity.adapter, int(identity.version), identity.digest, identity.pack_digest, int(identity.pack_size)
@@ -60,3 +68,12 @@ class PullClient:
 
     def close(self) -> None:
         self._channel.close()
+
+
+def _while_resolving(error: MultiloraError) -> MultiloraError:
+    """What the store raised, told of the caller's own field; a store that does not answer in time is away."""
+    if isinstance(error, DeadlineExceeded):
+        return Unavailable("STORE_TIMEOUT", f"the adapter store did not answer within {RESOLVE_TIMEOUT:g} s; try again")
+    if isinstance(error, InvalidArgument | NotFound | FailedPrecondition):
+        error.field = "adapter"
+    return error

@@ -1,0 +1,192 @@
+"""Content-addressed blobs in a directory. A blob's name is its digest, so it never changes once it is there.
+
+    <root>/lock                        held with flock while a store runs: one store per directory
+    <root>/tmp/<32 hex>.part           being written; whatever is here at start is left over and removed
+    <root>/blobs/sha256/ab/<64 hex>    committed; `ab` are the digest's first two digits
+    <root>/index.sqlite3               names, versions and aliases (index/sqlite.py), with its -wal and -shm
+
+Commit order: write under tmp/ → fsync → verify → link to the final name, which fails if it exists →
+fsync its directory → remove the name in tmp/. A reader sees a whole blob or none, and a crash leaves only tmp/ behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from services.common.errors import DataLoss, NotFound, ResourceExhausted, Unavailable
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class PartialBlob:
+    """A blob being written: nothing is visible before `commit`, and leaving the `with` block discards what is not."""
+
+    def __init__(self, blobs: DiskBlobs, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._blobs = blobs
+        self._hash = hashlib.sha256()
+        # unbuffered: a full disk shows at the write that fills it, and closing never writes
+        self._file = path.open("xb", buffering=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.discard()
+
+    @property
+    def digest(self) -> str:
+        """Digest of the bytes written so far."""
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes. Raises ResourceExhausted when the disk is full."""
+        rest = memoryview(data)
+        with _disk_full():
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        self._hash.update(data)
+        self.size += len(data)
+
+    def read(self) -> bytes:
+        """All that was written; for small blobs."""
+        return self.path.read_bytes()
+
+    def map(self) -> memoryview:
+        """A read-only view of all that was written, paged in as it is read. Freed with its last reference."""
+        if self.size == 0:
+            return memoryview(b"")
+        with self.path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+
+    def commit(self) -> str:
+        """Make the bytes durable under their digest, which is returned. Raises DataLoss when the disk holds others."""
+        with _disk_full():
+            os.fsync(self._file.fileno())
+        on_disk = os.fstat(self._file.fileno()).st_size
+        if on_disk != self.size:
+            raise DataLoss("SHORT_WRITE", f"wrote {self.size} bytes, the disk holds {on_disk}; check the disk")
+        final = self._blobs.path(self.digest)
+        _make_directory(final.parent)
+        with contextlib.suppress(FileExistsError):
+            os.link(self.path, final)
+        # also when it existed: whoever linked it may not have come as far as this
+        _fsync_directory(final.parent)
+        digest = self.digest
+        self.discard()
+        return digest
+
+    def discard(self) -> None:
+        """Remove the temporary name; of a committed blob nothing is lost."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class DiskBlobs:
+    """All blobs beneath one directory. Safe to use from several threads."""
+
+    def __init__(self, root: Path) -> None:
+        """Open or make the directory and remove what a crash left. Raises Unavailable when another store holds it."""
+        self.root = root
+        self._tmp = root / "tmp"
+        self._blobs = root / "blobs" / "sha256"
+        for directory in (self._tmp, self._blobs):
+            _make_directory(directory)
+        self._lock = _lock(root / "lock")
+        for leftover in self._tmp.iterdir():
+            leftover.unlink()
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def path(self, digest: str) -> Path:
+        assert _DIGEST.fullmatch(digest), digest
+        hexadecimal = digest.removeprefix("sha256:")
+        return self._blobs / hexadecimal[:2] / hexadecimal
+
+    def create(self) -> PartialBlob:
+        return PartialBlob(self, self._tmp / f"{secrets.token_hex(16)}.part")
+
+    def open(self, digest: str) -> BlobReader:
+        """Open a committed blob. Raises NotFound."""
+        return BlobReader(self.path(digest), digest)
+
+    def total_bytes(self) -> int:
+        return sum(blob.stat().st_size for blob in self._blobs.glob("*/*"))
+
+
+class BlobReader:
+    """A committed blob, open for reading at any offset. Stays readable when the blob is removed meanwhile."""
+
+    def __init__(self, path: Path, digest: str) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise NotFound("BLOB_NOT_FOUND", f"there are no bytes for {digest}; resolve the adapter again") from None
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self._fd, length, offset)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[Self]:
+        try:
+            yield self
+        finally:
+            self.close()
+
+
+@contextlib.contextmanager
+def _disk_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceExhausted("DISK_FULL", "the store's disk is full; free some space, then upload again") from error
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Unavailable(
+            "DATA_DIR_IN_USE", f"another adapter store uses {path.parent}; stop it or choose another --data-dir"
+        ) from None
+    return fd
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and its parents, each durable in its own parent."""
+    if path.is_dir():
+        return
+    _make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    _fsync_directory(path.parent)
+
+
+def _fsync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

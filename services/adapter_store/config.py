@@ -1,0 +1,53 @@
+"""The store's settings, checked before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.errors import InvalidArgument
+
+DEFAULT_PORT = 50052
+DEFAULT_MAX_UPLOAD_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Settings of one store process.
+
+    port: 0 means any free one
+    data_dir: everything the store keeps
+    uri_roots: directories that RegisterFromUri may read; none means it may not
+    max_upload_bytes: of both files of one upload together
+    Raises InvalidArgument naming the flag.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    data_dir: Path = Path(".data/store")
+    uri_roots: tuple[Path, ...] = ()
+    max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise _invalid("--host", "is empty; name an address, as 127.0.0.1")
+        if not 0 <= self.port <= 65535:
+            raise _invalid("--port", f"is {self.port}; it must be 0 to 65535")
+        if self.max_upload_bytes < 1:
+            raise _invalid("--max-upload-bytes", f"is {self.max_upload_bytes}; it must be 1 or more")
+        if self.data_dir.exists() and not self.data_dir.is_dir():
+            raise _invalid("--data-dir", f"is {self.data_dir}, which is no directory")
+        for root in self.uri_roots:
+            if not root.is_dir():
+                raise _invalid("--uri-root", f"is {root}, which is no directory")
+            if self.data_dir.resolve().is_relative_to(root.resolve()):
+                raise _invalid("--uri-root", f"is {root}, which holds the store's own data; choose one that does not")
+
+    @property
+    def address(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def _invalid(flag: str, what: str) -> InvalidArgument:
+    return InvalidArgument("INVALID_FLAG", f"{flag} {what}", field=flag)

@@ -1,0 +1,51 @@
+"""AdapterStoreService: what replicas call."""
+
+# ruff: noqa: ARG002 -- a handler takes what the contract hands it
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from multilora.adapter_store.v1 import store_pb2, store_pb2_grpc
+from services.adapter_store import convert
+from services.adapter_store.store import AdapterStore
+from services.common.errors import Unimplemented
+from services.common.references import parse_reference
+
+# A read and a message each: large enough that framing does not show, small enough that a hundred pulls stay cheap.
+PULL_CHUNK_BYTES = 1 << 20
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+
+    async def ResolveAdapter(
+        self, request: store_pb2.ResolveAdapterRequest, context: Context
+    ) -> store_pb2.ResolveAdapterResponse:
+        reference = parse_reference(request.reference, field="reference")
+        version = await asyncio.to_thread(self._store.resolve, reference, request.base_model)
+        return store_pb2.ResolveAdapterResponse(identity=convert.identity(version), max_rank=version.content.max_rank)
+
+    async def PullAdapter(
+        self, request: store_pb2.PullAdapterRequest, context: Context
+    ) -> AsyncIterator[store_pb2.PullAdapterResponse]:
+        reader = await asyncio.to_thread(self._store.open_pack, request.digest, request.offset)
+        with reader.closing():
+            offset, total_size = request.offset, reader.size
+            while data := await asyncio.to_thread(reader.read, offset, PULL_CHUNK_BYTES):
+                yield store_pb2.PullAdapterResponse(data=data, total_size=total_size)
+                offset, total_size = offset + len(data), 0
+            if total_size:  # nothing was left to send, but the size
+                yield store_pb2.PullAdapterResponse(total_size=total_size)
+
+    async def WatchAdapters(
+        self, request: store_pb2.WatchAdaptersRequest, context: Context
+    ) -> AsyncIterator[store_pb2.WatchAdaptersResponse]:
+        raise Unimplemented.not_yet("WatchAdapters")
+        yield  # a stream's handler is a generator

@@ -1,0 +1,60 @@
+"""The numbers of an adapter's tensors: views of the mapped file, and checks that touch every value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from services.adapter_store.safetensors_header import TensorEntry
+
+# Names of the dtypes served, as the packed layout spells them.
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+Bits = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A float's bits. An exponent of all ones is inf or NaN; a magnitude of no bits is zero, of either sign."""
+
+    bits: np.dtype[np.unsignedinteger[Any]]
+    exponent: int
+    magnitude: int
+
+
+_LAYOUTS = {
+    "F32": _Layout(np.dtype("<u4"), 0x7F80_0000, 0x7FFF_FFFF),
+    "F16": _Layout(np.dtype("<u2"), 0x7C00, 0x7FFF),
+    "BF16": _Layout(np.dtype("<u2"), 0x7F80, 0x7FFF),
+}
+# Values looked at in one go: a few MiB of scratch, whatever the tensor's size.
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What a pass over a tensor found."""
+
+    non_finite: int
+    all_zero: bool
+
+
+def bits_of(data: memoryview, entry: TensorEntry) -> Bits:
+    """A tensor's storage as unsigned integers of its shape; a view, so nothing is read yet. numpy has no bfloat16."""
+    flat = np.frombuffer(data[entry.begin : entry.end], dtype=_LAYOUTS[entry.dtype].bits)
+    return flat.reshape(entry.shape)
+
+
+def inspect(data: memoryview, entry: TensorEntry) -> Values:
+    """Read every value of a tensor of a served dtype."""
+    layout = _LAYOUTS[entry.dtype]
+    flat = bits_of(data, entry).reshape(-1)
+    non_finite, all_zero = 0, True
+    for start in range(0, flat.size, _CHUNK):
+        chunk = flat[start : start + _CHUNK]
+        non_finite += int(np.count_nonzero((chunk & layout.exponent) == layout.exponent))
+        all_zero = all_zero and not np.any(chunk & layout.magnitude)
+    return Values(non_finite, bool(all_zero))
