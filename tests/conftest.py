@@ -101,7 +101,7 @@ class InferenceServer:
 
 @contextlib.contextmanager
 def run_inference(config: Any, *, sampler: Any = None, check_integrity: bool = True) -> Iterator[InferenceServer]:
-    """Start the service as `multilora-inference` does, and record every step; the engine's books are checked at each."""
+    """Start the service as `multilora-inference` does; record every step, and check the engine's books at each."""
     from services.inference.server import serve
 
     ready, stop = threading.Event(), threading.Event()

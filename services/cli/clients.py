@@ -1,0 +1,60 @@
+"""Calls to the two services, with their errors as `services.common.errors`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grpc
+
+from multilora.adapter_store.v1.admin_pb2_grpc import AdapterAdminServiceStub
+from multilora.inference.v1.control_pb2_grpc import AdapterControlServiceStub
+from multilora.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from services.cli.targets import Targets
+from services.common.errors import DeadlineExceeded, MultiloraError, Unavailable
+from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceClient:
+    generation: InferenceServiceStub
+    control: AdapterControlServiceStub
+
+
+@contextlib.contextmanager
+def inference(targets: Targets) -> Iterator[InferenceClient]:
+    """The inference service. Leaving the context, by an interrupt too, cancels what is in flight."""
+    with _channel(targets.server, "inference service", "--server", targets.timeout) as channel:
+        yield InferenceClient(InferenceServiceStub(channel), AdapterControlServiceStub(channel))
+
+
+@contextlib.contextmanager
+def store_admin(targets: Targets) -> Iterator[AdapterAdminServiceStub]:
+    """The adapter store's administration."""
+    with _channel(targets.store, "adapter store", "--store", targets.timeout) as channel:
+        yield AdapterAdminServiceStub(channel)
+
+
+@contextlib.contextmanager
+def _channel(address: str, what: str, option: str, timeout: float) -> Iterator[grpc.Channel]:
+    options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+    with grpc.insecure_channel(address, options) as channel:
+        try:
+            yield channel
+        except grpc.RpcError as rpc_error:
+            error = from_rpc_error(rpc_error)
+            raise (_of_channel(error, address, what, option, timeout) or error) from rpc_error
+
+
+def _of_channel(error: MultiloraError, address: str, what: str, option: str, timeout: float) -> MultiloraError | None:
+    """A plainer error for what the channel itself found, which has no reason of a server's; None for all else."""
+    match error:
+        case Unavailable(reason=Unavailable.code):
+            message = f"no {what} answers at {address}; is it running there? {option} says where"
+            return Unavailable("NOT_REACHABLE", message)
+        case DeadlineExceeded(reason=DeadlineExceeded.code):
+            message = f"the {what} was not done within {timeout:g} s; --timeout allows more"
+            return DeadlineExceeded("DEADLINE_EXCEEDED", message)
+        case _:
+            return None

@@ -1,0 +1,55 @@
+"""The `multilora` command. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from services.cli import adapters, base_models, generation, status
+from services.cli.exit_codes import EXIT_CODES_HELP, exit_code, one_line
+from services.cli.targets import DEFAULT_SERVER, DEFAULT_STORE, DEFAULT_TIMEOUT, Targets
+from services.common.errors import MultiloraError
+
+app = typer.Typer(
+    help="Serve many LoRA adapters over one base model: register adapters, generate, look inside.",
+    epilog=EXIT_CODES_HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(base_models.app, name="base-models")
+app.command()(generation.generate)
+app.command()(generation.chat)
+app.command()(status.status)
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    server: Annotated[
+        str, typer.Option(envvar="MULTILORA_SERVER", help="host:port of the inference service.")
+    ] = DEFAULT_SERVER,
+    store: Annotated[
+        str, typer.Option(envvar="MULTILORA_STORE", help="host:port of the adapter store.")
+    ] = DEFAULT_STORE,
+    timeout: Annotated[
+        float, typer.Option(envvar="MULTILORA_TIMEOUT", min=0.001, help="Seconds a call may take.")
+    ] = DEFAULT_TIMEOUT,
+) -> None:
+    context.obj = Targets(server, store, timeout)
+
+
+def run() -> None:
+    """Run the command; errors become one line on stderr and an exit code. Typer itself ends with 2 and 130."""
+    try:
+        app()
+    except MultiloraError as error:
+        typer.echo(f"multilora: {one_line(error)}", err=True)
+        sys.exit(exit_code(error))
+
+
+if __name__ == "__main__":
+    run()

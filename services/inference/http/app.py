@@ -1,0 +1,77 @@
+"""The OpenAI-compatible face: generation, models, health and metrics. The adapter is the field `model`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from services.common.errors import MultiloraError
+from services.inference.conversion import check_adapter_metadata
+from services.inference.http import metrics
+from services.inference.http.answering import Answer
+from services.inference.http.body import read_object
+from services.inference.http.errors import CHAT_PATH, on_fault, on_http_error, on_multilora_error
+from services.inference.http.openai import ChatRequest, CompletionRequest, OpenAIRequest
+from services.inference.serving import Serving
+
+ADAPTER_HEADER = "x-multilora-adapter"
+
+
+def create_app(serving: Serving) -> Starlette:
+    """The application over `serving`; whoever runs it owns the socket."""
+    face = _Face(serving)
+    return Starlette(
+        routes=[
+            Route("/v1/models", face.models, methods=["GET"]),
+            Route("/v1/completions", face.generation(CompletionRequest), methods=["POST"]),
+            Route(CHAT_PATH, face.generation(ChatRequest), methods=["POST"]),
+            Route("/health", face.health, methods=["GET"]),
+            Route("/metrics", face.metrics, methods=["GET"]),
+        ],
+        exception_handlers={
+            MultiloraError: on_multilora_error,
+            HTTPException: on_http_error,
+            Exception: on_fault,
+        },
+    )
+
+
+class _Face:
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._created = int(time.time())
+
+    def generation(self, kind: type[OpenAIRequest]) -> Callable[[Request], Awaitable[Response]]:
+        async def generate(request: Request) -> Response:
+            asked = kind.parse(await read_object(request))
+            check_adapter_metadata(request.headers.getlist(ADAPTER_HEADER), asked.model, field="model")
+            return Answer(self._serving, asked)
+
+        return generate
+
+    async def models(self, _request: Request) -> Response:
+        """The base model, and the adapters this replica knows: a name means its alias `stable`, as in every request."""
+        base = self._serving.model.name
+        versions: dict[str, list[int]] = {}
+        for resident in (await self._serving.engine.stats()).adapters:
+            versions.setdefault(resident.adapter.name, []).append(resident.adapter.version)
+        common = {"object": "model", "created": self._created, "owned_by": "multilora", "root": base}
+        models = [{"id": base, **common, "parent": None, "max_model_len": self._serving.model.max_model_len}]
+        for name, known in sorted(versions.items()):
+            models.append({"id": name, **common, "parent": base, "versions": sorted(known)})
+        return JSONResponse({"object": "list", "data": models})
+
+    async def health(self, _request: Request) -> Response:
+        return Response(status_code=200 if self._serving.engine.is_serving else 503)
+
+    async def metrics(self, _request: Request) -> Response:
+        stats = await self._serving.engine.stats()
+        max_loras = self._serving.config.adapters.max_loras
+        return Response(metrics.render(stats, max_loras), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,76 @@
+"""Prometheus metrics, read from the engine's truth at scrape time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.inference.engine.messages import EngineStats, ResidentAdapter
+
+
+def render(stats: EngineStats, max_loras: int) -> bytes:
+    """The exposition of `stats` in the text format, whatever a scraper prefers: prometheus_client's OpenMetrics writes
+    an underscore for each colon, and so would rename every metric."""
+    registry = CollectorRegistry()
+    registry.register(StatsCollector(stats, max_loras))
+    return generate_latest(registry)
+
+
+class StatsCollector(Collector):
+    """One moment's stats under the names operators already watch on vLLM, and our own under `multilora:`."""
+
+    def __init__(self, stats: EngineStats, max_loras: int) -> None:
+        self._stats = stats
+        self._max_loras = max_loras
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats
+        yield _gauge("vllm:num_requests_running", "Requests in the running batch", stats.running)
+        yield _gauge("vllm:num_requests_waiting", "Requests that wait", stats.waiting)
+        used = 1 - stats.blocks_free / stats.blocks
+        yield _gauge("vllm:kv_cache_usage_perc", "Share of the KV cache's blocks in use, 0 to 1", used)
+        yield self._cache_config()
+        yield self._lora_requests()
+        yield _counter("vllm:lora_adapter_load", "Adapters loaded into the slot pool", stats.adapter_loads)
+        yield _counter("vllm:lora_adapter_evict", "Adapters evicted from the slot pool", stats.slot_evictions)
+        resident = sum(adapter.tier == "GPU" for adapter in stats.adapters)
+        yield _gauge("vllm:lora_adapters_active", "Adapters resident in the slot pool", resident)
+        yield _counter("vllm:prompt_tokens", "Prompt tokens taken in", stats.prompt_tokens)
+        yield _counter("vllm:generation_tokens", "Tokens generated", stats.generation_tokens)
+        yield _counter("multilora:preemptions", "Running requests put back for KV cache room", stats.preemptions)
+        yield _counter("multilora:steps", "Engine steps", stats.steps)
+
+    def _cache_config(self) -> Metric:
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info", "Shape of the KV cache", labels=["block_size", "num_gpu_blocks"]
+        )
+        family.add_metric([str(self._stats.block_size), str(self._stats.blocks)], 1)
+        return family
+
+    def _lora_requests(self) -> Metric:
+        """Value: unix time, by which routers take the newest series. Waiting leaves out what is resident."""
+        running = {adapter.adapter.name for adapter in self._stats.adapters if adapter.tier == "GPU"}
+        waiting = {adapter.adapter.name for adapter in self._stats.adapters if _is_awaited(adapter)} - running
+        family = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters resident, and adapters with requests waiting for them",
+            labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
+        )
+        family.add_metric([str(self._max_loras), ",".join(sorted(waiting)), ",".join(sorted(running))], time.time())
+        return family
+
+
+def _is_awaited(adapter: ResidentAdapter) -> bool:
+    return adapter.tier != "GPU" and adapter.waiting > 0
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
