@@ -136,13 +136,17 @@ def register(store: str, model: Path) -> list[str]:
             started = time.monotonic()
             with upload_progress(name, check_directory(ADAPTERS / name)) as advance:
                 response = admin.RegisterVersion(upload_messages(header, ADAPTERS / name, advance))
-            version = response.version
+            version, identity = response.version, response.version.identity
+            took = "was there already" if response.existed else f"{time.monotonic() - started:.2f} s"
             lines.append(
-                f"{version.identity.adapter}@{version.identity.version}  {len(version.modules)} modules, rank "
-                f"{version.max_rank}, {version.identity.pack_size / 1e6:.2f} MB packed, {version.identity.digest[:19]}…  "
-                f"({'was there already' if response.existed else f'{time.monotonic() - started:.2f} s'})"
+                f"{identity.adapter}@{identity.version}  {len(version.modules)} modules, rank {version.max_rank}, "
+                f"{identity.pack_size / 1e6:.2f} MB packed, {identity.digest[:19]}…  ({took})"
             )
     return lines
+
+
+def _gguf_config(model: Path) -> str:
+    return json.dumps(config_from_gguf(open_gguf(model)))
 
 
 def ask_all(address: str, title: str) -> list[Row]:

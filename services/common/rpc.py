@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -123,11 +124,12 @@ def _unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any],
     return call
 
 
-def _streaming(method: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+def _streaming(method: Callable[[Any, Any], AsyncGenerator[Any, None]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async for response in method(request, context):
-                yield response
+            async with contextlib.aclosing(method(request, context)) as responses:
+                async for response in responses:
+                    yield response
         except Exception as error:
             await _abort(context, error)
 

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Sequence
 
-from services.common.errors import Internal, Unavailable
+from services.common.errors import Internal, MultiloraError, Unavailable
 from services.inference.engine.loop import EngineLoop
 from services.inference.engine.messages import (
     AbortRequest,
@@ -36,6 +36,7 @@ class AsyncEngine:
         self._engine = engine
         self.loop = asyncio.get_running_loop()
         self._streams: dict[str, Stream] = {}
+        self._aborted: dict[str, asyncio.Event] = {}
         self._replies: dict[int, asyncio.Future[EngineStats]] = {}
         self._reply_ids = itertools.count()
         self._death: EngineDied | None = None
@@ -60,25 +61,30 @@ class AsyncEngine:
             raise Unavailable("SHUTTING_DOWN", "this replica is shutting down; ask another")
         stream: Stream = asyncio.Queue()
         self._streams[add.request_id] = stream
-        self._send(add)
-        done = False
+        sent = done = False
         try:
+            if (aborted := self._aborted.get(add.request_id)) is not None:
+                await aborted.wait()  # or the last words about an earlier request of this id would end this one
+            self._send(add)
+            sent = True
             while not done:
                 output = await stream.get()
                 if isinstance(output, EngineDied):
                     done = True
                     self._check_alive()
                     return
-                done = isinstance(output, RequestOutput) and output.finished is not None
+                done = _is_last(output)
                 yield output
         finally:
             del self._streams[add.request_id]
-            if not done:
-                self._send(AbortRequest(add.request_id))
+            if sent and not done:
+                self._abort(add.request_id, stream)
 
     async def stats(self) -> EngineStats:
         """The engine's truth, read between two steps."""
         self._check_alive()
+        if not self._thread.is_alive():
+            raise Unavailable("SHUTTING_DOWN", "this replica is shutting down; ask another")
         reply_id = next(self._reply_ids)
         future: asyncio.Future[EngineStats] = self.loop.create_future()
         self._replies[reply_id] = future
@@ -99,12 +105,25 @@ class AsyncEngine:
             self._send(Shutdown(step))
             await asyncio.to_thread(self._thread.join, timeout)
             if not self._thread.is_alive():
+                self._fail_replies(Unavailable("SHUTTING_DOWN", "this replica is shutting down; ask another"))
                 return
         log.error("the engine did not stop within %.0f s", timeout)
 
     def _check_alive(self) -> None:
         if self._death is not None:
             raise Internal("ENGINE_DIED", f"the engine has died and this replica must restart: {self._death.error}")
+
+    def _abort(self, request_id: str, stream: Stream) -> None:
+        """Stop a request. Its id stays taken until the engine's last word about it, unless that is in `stream` now."""
+        self._send(AbortRequest(request_id))
+        unread = [stream.get_nowait() for _ in range(stream.qsize())]
+        if not any(map(_is_last, unread)):
+            self._aborted[request_id] = asyncio.Event()
+
+    def _fail_replies(self, error: MultiloraError) -> None:
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(error)
 
     def _send(self, message: EngineInput) -> None:
         self._engine.inbox.put(message)
@@ -125,8 +144,16 @@ class AsyncEngine:
                 self.died.set()
                 for stream in self._streams.values():
                     stream.put_nowait(output)
-                for future in self._replies.values():
-                    if not future.done():
-                        future.set_exception(Internal("ENGINE_DIED", output.error))
+                self._fail_replies(Internal("ENGINE_DIED", output.error))
+                for aborted in self._aborted.values():
+                    aborted.set()
+            elif output.request_id in self._aborted:
+                if _is_last(output):
+                    self._aborted.pop(output.request_id).set()
             elif output.request_id in self._streams:
                 self._streams[output.request_id].put_nowait(output)
+
+
+def _is_last(output: RequestStarted | RequestOutput | EngineDied) -> bool:
+    """Whether the engine will say nothing more about the request."""
+    return isinstance(output, EngineDied) or (isinstance(output, RequestOutput) and output.finished is not None)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import queue
+import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import uvicorn
 
 from multilora.inference.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from services.common.errors import Unavailable
 from services.common.gguf_config import open_gguf
 from services.common.profile import linear_shapes
 from services.common.rpc import GrpcServer
@@ -105,6 +107,8 @@ async def serve(
             control_pb2.DESCRIPTOR.services_by_name["AdapterControlService"].full_name,
         ]
     )
+    port = grpc_server.bind(f"{config.host}:{config.port}")
+    http_socket = None if config.http_port is None else _listen(config.host, config.http_port)
     names = NameClient(config.adapter_store, model.name) if config.adapter_store else None
     engine = AsyncEngine(loop)
     resolver = Resolver(model.name, names.resolve if names is not None else None)
@@ -113,14 +117,13 @@ async def serve(
     control_pb2_grpc.add_AdapterControlServiceServicer_to_server(
         AdapterControlServicer(serving, started), grpc_server.server
     )
-    port = grpc_server.bind(f"{config.host}:{config.port}")
     await grpc_server.start()
-    async with _http(config, serving) as http_port:
+    async with _http(http_socket, serving):
         await grpc_server.set_serving(True)
         watch = asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))
         log.info("ready after %.1f s", time.monotonic() - started)
         try:
-            yield RunningServer(serving, port, http_port)
+            yield RunningServer(serving, port, None if http_socket is None else http_socket.getsockname()[1])
         finally:
             log.info("shutting down; requests have %.0f s to finish", config.shutdown_grace)
             watch.cancel()
@@ -144,29 +147,33 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; uvicorn would end the process where a port is taken, and say why only in its log."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise Unavailable(
+            "ADDRESS_IN_USE", f"cannot listen on {host}:{port}; another process may hold the port: {error}"
+        ) from error
+
+
 @contextlib.asynccontextmanager
-async def _http(config: ServerConfig, serving: Serving) -> AsyncIterator[int | None]:
-    if config.http_port is None:
-        yield None
+async def _http(listening: socket.socket | None, serving: Serving) -> AsyncIterator[None]:
+    if listening is None:
+        yield
         return
     server = _Uvicorn(
         uvicorn.Config(
             create_app(serving),
-            host=config.host,
-            port=config.http_port,
             log_level="warning",
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=2,
         )
     )
-    task = asyncio.create_task(server.serve())
-    while not server.started and not task.done():  # noqa: ASYNC110  (uvicorn tells in no other way)
-        await asyncio.sleep(0.01)
-    if task.done():
-        await task
+    task = asyncio.create_task(server.serve(sockets=[listening]))
     try:
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield
     finally:
         server.should_exit = True
         await task

@@ -45,13 +45,14 @@ class DiskCache:
             with (self._root / name).open("rb") as file:
                 data = bytearray(os.fstat(file.fileno()).st_size)
                 file.readinto(data)
+                os.utime(file.fileno())  # not by name, which another worker may be evicting
         except FileNotFoundError:
+            self._remove(name)
             return None
         if _digest(data) != pack_digest:
             log.error("disk cache: %s is damaged; it is removed and pulled again", self._root / name)
             self._remove(name)
             return None
-        os.utime(self._root / name)
         with self._lock:
             if name in self._sizes:
                 self._sizes[name] = self._sizes.pop(name)

@@ -35,6 +35,8 @@ class Puller(Protocol):
 
     def pull(self, adapter: AdapterVersion, offset: int = 0) -> Iterator[bytes]: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Fetched:
@@ -138,12 +140,15 @@ class AdapterManager:
         return [self._describe(known, waiting.get(digest, 0)) for digest, known in reversed(self._known.items())]
 
     def close(self) -> None:
-        """Let no new fetch start; those under way end by themselves."""
+        """End the fetches: those that wait never start, those under way fail."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        if self._puller is not None:
+            self._puller.close()
 
     def _start_fetch(self, adapter: AdapterVersion) -> None:
         """Fetch on a worker. The fetch has a claim of its own, so its room stays even if every request gives up."""
         self._fetching.add(adapter.digest)
+        self._failures.pop(adapter.digest, None)
         self._cpu.try_claim(adapter.digest)
         self._workers.submit(self._fetch, adapter)
 

@@ -22,12 +22,15 @@ from services.inference.engine.request import AdapterVersion
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
 RESOLVE_TIMEOUT = 5.0
 """Seconds a resolve may take before the store counts as away."""
+SLOWEST_PULL = 1e6
+"""Bytes a second below which a pull counts as hung, after a minute's patience."""
 
 
 class NameClient:
     """Resolves names, on the serving face's event loop."""
 
     def __init__(self, address: str, base_model: str) -> None:
+        self._address = address
         self._base_model = base_model
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = store_pb2_grpc.AdapterStoreServiceStub(self._channel)
@@ -40,7 +43,7 @@ class NameClient:
         try:
             response = await self._stub.ResolveAdapter(request, timeout=RESOLVE_TIMEOUT)
         except grpc.aio.AioRpcError as error:
-            raise _while_resolving(from_rpc_error(error)) from None
+            raise _of_reference(_store_error(error, self._address)) from None
         identity = response.identity
         return AdapterVersion(
             identity.adapter, int(identity.version), identity.digest, identity.pack_digest, int(identity.pack_size)
@@ -54,6 +57,7 @@ class PullClient:
     """Pulls packed adapters, from the fetch workers' threads."""
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
@@ -61,19 +65,30 @@ class PullClient:
         """The packed bytes from `offset` on. Raises what the store raised, or Unavailable."""
         request = store_pb2.PullAdapterRequest(digest=adapter.pack_digest, offset=offset)
         try:
-            for response in self._stub.PullAdapter(request):
+            for response in self._stub.PullAdapter(request, timeout=60 + adapter.pack_size / SLOWEST_PULL):
                 yield response.data
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+            raise _store_error(error, self._address) from None
 
     def close(self) -> None:
+        """Cancels what is being pulled, too."""
         self._channel.close()
 
 
-def _while_resolving(error: MultiloraError) -> MultiloraError:
-    """What the store raised, told of the caller's own field; a store that does not answer in time is away."""
-    if isinstance(error, DeadlineExceeded):
-        return Unavailable("STORE_TIMEOUT", f"the adapter store did not answer within {RESOLVE_TIMEOUT:g} s; try again")
+def _store_error(rpc_error: grpc.RpcError, address: str) -> MultiloraError:
+    """What the store raised; or, when it did not answer at all, that it is away."""
+    error = from_rpc_error(rpc_error)
+    if error.reason != error.code or not isinstance(error, Unavailable | DeadlineExceeded):
+        return error
+    return Unavailable(
+        "STORE_UNAVAILABLE",
+        f"the adapter store at {address} does not answer ({error.message}); try again",
+        retry_after=1.0,
+    )
+
+
+def _of_reference(error: MultiloraError) -> MultiloraError:
+    """What the store says of a reference, told of the caller's own field."""
     if isinstance(error, InvalidArgument | NotFound | FailedPrecondition):
         error.field = "adapter"
     return error

@@ -77,4 +77,7 @@ class Adapters(Protocol):
     @property
     def loads(self) -> int: ...
 
+    def close(self) -> None:
+        """End what is under way elsewhere; nothing is asked of it any more."""
+
     def check_integrity(self) -> None: ...

@@ -21,6 +21,9 @@ from services.inference.engine.messages import (
 
 log = logging.getLogger(__name__)
 
+MAX_SLEEP = 3600.0
+"""Seconds. A caller's deadline may be centuries away, which is more than a queue can be told to wait."""
+
 
 class EngineLoop:
     """Runs an engine until it is told to shut down. `inbox` may be filled by any thread.
@@ -49,12 +52,15 @@ class EngineLoop:
         except Exception as error:
             log.exception("the engine died")
             self.emit([EngineDied(repr(error))])
+        finally:
+            self.engine.adapters.close()
 
     def _receive(self, *, wait: bool) -> None:
         """Handle everything in the inbox; with `wait`, first sleep until something comes or a deadline passes."""
         if wait:
+            deadline = self.engine.next_deadline()
             try:
-                self._handle(self.inbox.get(timeout=self.engine.next_deadline()))
+                self._handle(self.inbox.get(timeout=None if deadline is None else min(deadline, MAX_SLEEP)))
             except queue.Empty:
                 return
         while True:

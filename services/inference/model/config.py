@@ -88,7 +88,7 @@ def load_config(path: Path, *, name: str = "", dtype: str = "auto", max_model_le
             field="max_model_len",
         )
     heads, hidden = hf_config["num_attention_heads"], hf_config["hidden_size"]
-    rope = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
+    rope = {**(hf_config.get("rope_parameters") or {}), **(hf_config.get("rope_scaling") or {})}
     return ModelConfig(
         name=name or default_name.lower(),
         architecture=architecture,

@@ -73,9 +73,8 @@ def _processed(logits: Tensor, request: Request) -> Tensor:
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(request.token_ids)))
         values = logits[seen]
-        logits[seen] = torch.where(
-            values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
-        )
+        penalised = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
+        logits[seen] = penalised.clamp(max=torch.finfo(logits.dtype).max)  # a tiny penalty must not make it inf
     if sampling.frequency_penalty or sampling.presence_penalty:
         counts = Counter(request.output_token_ids)
         if counts:
@@ -92,7 +91,8 @@ def _draw(logits: Tensor, sampling: SamplingParams, position: int) -> int:
     """Draw from the filtered distribution: top_k first, so that the sort is short, then top_p, then min_p."""
     kept = min(sampling.top_k or logits.numel(), logits.numel())
     values, ids = torch.topk(logits, kept) if kept < logits.numel() else torch.sort(logits, descending=True)
-    probabilities = torch.softmax((values / sampling.temperature).double(), dim=-1)
+    # the best one subtracted first: else a tiny temperature makes inf of several, and NaN of all
+    probabilities = torch.softmax((values.double() - values[0]) / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         before = probabilities.cumsum(0) - probabilities
         probabilities[before >= sampling.top_p] = 0

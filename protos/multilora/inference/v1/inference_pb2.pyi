@@ -163,7 +163,7 @@ class SamplingParams(_message.Message):
     N_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Divides the logits; 0 is greedy, at most 100. Default 1, or 0 when no sampling field at all is set."""
+    """Divides the logits; 0 is greedy, at most 100. Default 1; a request without SamplingParams is greedy."""
     top_p: _builtins.float
     """Keeps the most likely tokens whose probabilities reach this sum, in (0, 1]. Default 1."""
     top_k: _builtins.int

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.inference.http.pair import Pair, run_pair
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_cli(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The command as a shell runs it."""
+    command = [sys.executable, "-m", "services.cli.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="package")
+def pair(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with run_pair(tiny_model, tmp_path_factory.mktemp("cli")) as running:
+        yield running
+
+
+@pytest.fixture
+def cli(pair: Pair) -> Cli:
+    """The command, told where the two services are."""
+
+    def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return run_cli("--server", pair.server.address, "--store", pair.store.address, *arguments, stdin=stdin)
+
+    return run
