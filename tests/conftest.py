@@ -19,6 +19,7 @@ import pytest
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
 from tests.assets.tiny_model import make_tiny_llama
+from tests.contracts.s3_server import fault_proxy, s3_server  # noqa: F401 -- one server for all suites of a session
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_BASE = "tiny"

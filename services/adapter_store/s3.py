@@ -1,0 +1,340 @@
+"""One bucket of an S3-compatible server, as blobs and log use it: exclusive creation, whole reads, listing, errors.
+
+boto3 is imported when a bucket is opened, not before: a store on disk starts without it.
+
+Every request has a connect and a read timeout and a bounded number of attempts, so that a call ends in
+(attempts × timeouts + backoff) at the latest. What the server or the network does wrong becomes one of
+    Unavailable STORAGE_UNAVAILABLE              away, slow, or answering 5xx after all attempts; trying later helps
+    FailedPrecondition STORAGE_ACCESS_DENIED     the store's own credentials are missing, wrong or not enough
+    FailedPrecondition STORAGE_BUCKET_NOT_FOUND  no such bucket
+    FailedPrecondition STORAGE_REFUSED           any other refusal, with the server's own code and words
+    ResourceExhausted STORAGE_FULL               the server has no room
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple
+
+from services.common.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    MultiloraError,
+    ResourceExhausted,
+    Unavailable,
+)
+
+CONFLICT = 409
+PRECONDITION_FAILED = 412
+RETRY_AFTER_SECONDS = 2.0
+WRITER = "writer"  # metadata of what was created exclusively: who did it
+
+_DENIED = frozenset(
+    {
+        "AccessDenied",
+        "ExpiredToken",
+        "Forbidden",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+    }
+)
+_FULL = frozenset({"QuotaExceeded", "InsufficientCapacity", "EntityTooLarge", "XMinioStorageFull"})
+
+
+@dataclass(frozen=True, slots=True)
+class S3Config:
+    """Where the bucket is, and how patient to be. Credentials come from the standard AWS chain, never from here.
+
+    prefix: of every key, without a slash at either end; empty: none
+    endpoint_url: None means AWS itself
+    region: None means the AWS environment's
+    path_style: bucket in the path and not in the host name; None: wherever there is an endpoint_url
+    attempts: per request, the first included
+    connections: kept open at most, and so the most requests at once
+    """
+
+    bucket: str
+    prefix: str = ""
+    endpoint_url: str | None = None
+    region: str | None = None
+    path_style: bool | None = None
+    connect_timeout: float = 5.0
+    read_timeout: float = 30.0
+    attempts: int = 4
+    connections: int = 32
+
+    @classmethod
+    def parse(cls, uri: str, **settings: Any) -> S3Config:
+        """From `s3://bucket/prefix`. Raises InvalidArgument."""
+        found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([A-Za-z0-9!_.*'()/-]*))?", uri)
+        prefix = (found[2] or "").strip("/") if found else ""
+        if found is None or "//" in prefix:
+            raise InvalidArgument(
+                "INVALID_S3_URI", f"{uri!r} is not taken; s3://bucket or s3://bucket/prefix is needed"
+            )
+        return cls(found[1], prefix, **settings)
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+
+class Head(NamedTuple):
+    """What is known of an object without reading it. modified and now: seconds since 1970 by the server's clock,
+    both whole, rounded down."""
+
+    size: int
+    etag: str
+    modified: int
+    now: int
+    metadata: Mapping[str, str]
+    checksum_sha256: str | None
+
+
+class Listed(NamedTuple):
+    """name: the key beneath the prefix."""
+
+    name: str
+    size: int
+    modified: int
+
+
+class S3Bucket:
+    """The keys beneath one prefix of one bucket; a name is a key without it. Safe to use from several threads."""
+
+    def __init__(self, config: S3Config) -> None:
+        import boto3
+        from botocore.config import Config
+
+        self.config = config
+        self._prefix = f"{config.prefix}/" if config.prefix else ""
+        path_style = config.endpoint_url is not None if config.path_style is None else config.path_style
+        with self.errors("connect"):
+            # a session of its own: the default one is shared by the process and not safe in threads
+            self.client = boto3.session.Session().client(
+                "s3",
+                endpoint_url=config.endpoint_url,
+                region_name=config.region,
+                config=Config(
+                    connect_timeout=config.connect_timeout,
+                    read_timeout=config.read_timeout,
+                    retries={"mode": "standard", "total_max_attempts": config.attempts},
+                    max_pool_connections=config.connections,
+                    s3={"addressing_style": "path" if path_style else "auto"},
+                    # Checksums are given explicitly, as sha256. Those that boto3 would add on its own are trailers,
+                    # which older servers refuse, and those of a whole object do not fit a range of it.
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                ),
+            )
+
+    def close(self) -> None:
+        self.client.close()
+
+    def check(self) -> None:
+        """Raise unless the bucket is there, may be written, and honours exclusive creation, on which truth rests."""
+        for _ in self.list("", page_size=1):
+            break
+        name = f"probe/{secrets.token_hex(16)}"
+        try:
+            if not self.create(name, b"1") or self.create(name, b"2"):
+                raise FailedPrecondition(
+                    "STORAGE_NOT_CONDITIONAL",
+                    f"the S3 server of {self.config.uri} ignores If-None-Match, so two writers could overwrite each "
+                    "other; use one that honours it",
+                )
+        finally:
+            self.delete(name)
+
+    def key(self, name: str) -> str:
+        return f"{self._prefix}{name}"
+
+    def name(self, key: str) -> str:
+        return key.removeprefix(self._prefix)
+
+    @staticmethod
+    def server_time(answer: Any) -> int:
+        """When the server answered, by its own clock, in whole seconds since 1970."""
+        return int(parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp())
+
+    def location(self, name: str) -> dict[str, str]:
+        """The parameters of a request that name one object."""
+        return {"Bucket": self.config.bucket, "Key": self.key(name)}
+
+    def head(self, name: str) -> Head | None:
+        """None: there is no such object."""
+        try:
+            with self.errors("read", name):
+                answer = self.client.head_object(**self.location(name), ChecksumMode="ENABLED")
+        except ObjectMissing:
+            return None
+        return Head(
+            size=answer["ContentLength"],
+            etag=answer["ETag"],
+            modified=int(answer["LastModified"].timestamp()),
+            now=self.server_time(answer),
+            metadata=answer.get("Metadata", {}),
+            checksum_sha256=answer.get("ChecksumSHA256"),
+        )
+
+    def get(self, name: str) -> bytes | None:
+        """A small object's bytes; None: there is no such object."""
+        from botocore.exceptions import BotoCoreError
+
+        for attempt in range(self.config.attempts):
+            if attempt:
+                backoff(attempt)
+            try:
+                with self.errors("read", name):
+                    answer = self.client.get_object(**self.location(name))
+                with contextlib.closing(answer["Body"]) as body:
+                    data: bytes = body.read()
+                return data
+            except ObjectMissing:
+                return None
+            except BotoCoreError as error:  # while the body came: what fails before is retried by botocore itself
+                cut = error
+        raise self.unavailable("read", name, cut)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put a small object unless one is there, exactly once; False: there is one, of another writer.
+
+        A request that is sent again, because its answer was lost, finds its own object there. So each creation has
+        an id of its own in the metadata, and whoever finds the name taken looks whose it is.
+        """
+        writer = secrets.token_hex(16)
+        for attempt in range(self.config.attempts):
+            if attempt:
+                backoff(attempt)
+            try:
+                with self.errors("write", name):
+                    self.client.put_object(
+                        **self.location(name),
+                        Body=data,
+                        IfNoneMatch="*",
+                        ChecksumSHA256=sha256_base64(data),
+                        Metadata={WRITER: writer},
+                    )
+                return True
+            except (Taken, Unavailable) as error:
+                there = self.head(name)
+                if there is not None:
+                    return there.metadata.get(WRITER) == writer
+                if isinstance(error, Unavailable):
+                    raise
+                # taken, and yet not there: another creation had not ended, or a removal came between; once more
+        raise self.unavailable("write", name, "others write it all the time")
+
+    def replace(self, name: str, data: bytes, *, etag: str) -> bool:
+        """Overwrite a small object if it still has this ETag; False: it has not."""
+        try:
+            with self.errors("write", name):
+                self.client.put_object(
+                    **self.location(name), Body=data, IfMatch=etag, ChecksumSHA256=sha256_base64(data)
+                )
+        except (Taken, ObjectMissing):
+            return False
+        return True
+
+    def delete(self, name: str) -> None:
+        """Remove an object; that there is none is fine."""
+        with self.errors("remove", name):
+            self.client.delete_object(**self.location(name))
+
+    def list(self, beneath: str, *, page_size: int = 1000) -> Iterator[Listed]:
+        """Every object whose name starts with `beneath`, page by page."""
+        token: dict[str, str] = {}
+        while True:
+            with self.errors("list", beneath):
+                page = self.client.list_objects_v2(
+                    Bucket=self.config.bucket, Prefix=self.key(beneath), MaxKeys=page_size, **token
+                )
+            for entry in page.get("Contents", ()):
+                yield Listed(self.name(entry["Key"]), entry["Size"], int(entry["LastModified"].timestamp()))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    @contextlib.contextmanager
+    def errors(self, action: str, name: str = "") -> Iterator[None]:
+        """Raise what botocore raises as one of this tree, or as ObjectMissing or Taken."""
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise self._denied(action, str(error)) from error
+        except ValueError as error:  # as an endpoint that is no URL
+            raise InvalidArgument("INVALID_S3_SETTING", f"{self.config.uri}: {error}") from error
+        except ClientError as error:
+            raise self._refused(action, name, error) from error
+        except BotoCoreError as error:
+            raise self.unavailable(action, name, error) from error
+
+    def unavailable(self, action: str, name: str, why: object) -> Unavailable:
+        return Unavailable(
+            "STORAGE_UNAVAILABLE",
+            f"cannot {action} {self.config.uri}/{name}: {why}; check that the S3 server "
+            f"{self.config.endpoint_url or 'of AWS'} is up and can be reached from the store, then try again",
+            retry_after=RETRY_AFTER_SECONDS,
+        )
+
+    def _refused(self, action: str, name: str, error: Any) -> Exception:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response.get("Error", {}).get("Code", "")
+        if code == "NoSuchBucket":
+            return FailedPrecondition(
+                "STORAGE_BUCKET_NOT_FOUND",
+                f"there is no bucket {self.config.bucket}; create it, or name another with --blobs",
+            )
+        if status == 404:
+            return ObjectMissing(name)
+        if status in (PRECONDITION_FAILED, CONFLICT):
+            return Taken(name)
+        if code in _FULL or status == 507:
+            return ResourceExhausted(
+                "STORAGE_FULL", f"cannot {action} {self.config.uri}/{name}: {error}; make room on the S3 server"
+            )
+        if code in _DENIED or status in (401, 403):
+            return self._denied(action, str(error))
+        # BadDigest and the like: what arrived is not what was sent
+        if status >= 500 or status == 429 or code in ("BadDigest", "RequestTimeout", "SlowDown", "IncompleteBody"):
+            return self.unavailable(action, name, error)
+        return FailedPrecondition(
+            "STORAGE_REFUSED", f"cannot {action} {self.config.uri}/{name}: {error}; check --s3-region and the server"
+        )
+
+    def _denied(self, action: str, why: str) -> MultiloraError:
+        return FailedPrecondition(
+            "STORAGE_ACCESS_DENIED",
+            f"the S3 server does not let the store {action} in {self.config.uri}: {why}; check AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY (or the role), what they may do in this bucket, and this machine's clock",
+        )
+
+
+class ObjectMissing(Exception):
+    """There is no such object."""
+
+
+class Taken(Exception):
+    """A condition of the request does not hold: the object is there, or is another."""
+
+
+def sha256_base64(data: bytes | memoryview) -> str:
+    """As S3 writes checksums."""
+    return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+def backoff(attempt: int) -> None:
+    """Wait before attempt 1, 2, …: up to 0.2 s, 0.4 s, … 2 s; by chance, so that many clients do not come together."""
+    time.sleep(min(0.1 * 2**attempt, 2.0) * (0.5 + secrets.randbelow(1000) / 2000))
