@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PROTO_USERS = {
     "services/adapter_store/admin_servicer.py",
+    "services/adapter_store/receiving.py",
+    "services/adapter_store/server.py",
     "services/adapter_store/servicer.py",
-    "services/adapter_store/__main__.py",
     "services/adapter_store/convert.py",
     "services/inference/servicer.py",
     "services/inference/control_servicer.py",

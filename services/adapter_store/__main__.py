@@ -7,23 +7,18 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
-from services.adapter_store.admin_servicer import AdapterAdminServicer
-from services.adapter_store.blobs.disk import DiskBlobs
+from services.adapter_store.backends import open_index, open_place
+from services.adapter_store.collection import DELETE_GRACE_SECONDS
 from services.adapter_store.config import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_PORT, StoreConfig
-from services.adapter_store.index.sqlite import SqliteIndex
-from services.adapter_store.servicer import AdapterStoreServicer
+from services.adapter_store.server import make_server, serving
 from services.adapter_store.store import AdapterStore
 from services.common.errors import InvalidArgument, MultiloraError
-from services.common.rpc import GrpcServer, wait_for_signal
+from services.common.rpc import wait_for_signal
 
 PROGRAM = "multilora-adapter-store"
-# Validation and packing keep a core busy each; more at once would only take cores from resolves and pulls.
-REGISTRATION_THREADS = 2
 STOP_GRACE_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
@@ -55,7 +50,10 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any free one (default: %(default)s)")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path(".data/store"), help="where everything is kept (default: %(default)s)"
+        "--data-dir",
+        type=Path,
+        default=Path(".data/store"),
+        help="where everything without a flag of its own is (default: %(default)s)",
     )
     parser.add_argument(
         "--uri-root",
@@ -70,6 +68,15 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
         default=DEFAULT_MAX_UPLOAD_BYTES,
         help="largest upload, both files together (default: %(default)s)",
     )
+    parser.add_argument("--blobs", default="", help="where blobs and log are (default: the data directory)")
+    parser.add_argument("--index", default="", help="where the index is (default: index.sqlite3 in the data directory)")
+    parser.add_argument(
+        "--delete-grace",
+        type=float,
+        default=DELETE_GRACE_SECONDS,
+        metavar="SECONDS",
+        help="how long a deleted version can be brought back before a collection takes it (default: %(default)g)",
+    )
     flags = parser.parse_args(arguments)
     return StoreConfig(
         host=flags.host,
@@ -77,37 +84,31 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
         data_dir=flags.data_dir,
         uri_roots=tuple(flags.uri_root),
         max_upload_bytes=flags.max_upload_bytes,
+        blobs=flags.blobs,
+        index=flags.index,
+        delete_grace=flags.delete_grace,
     )
 
 
 async def serve(config: StoreConfig) -> None:
     """Serve until a signal, then let calls in flight end. Raises MultiloraError when it cannot start."""
-    server = GrpcServer(
-        [
-            store_pb2.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name,
-            admin_pb2.DESCRIPTOR.services_by_name["AdapterAdminService"].full_name,
-        ]
-    )
+    server = make_server()
     port = server.bind(config.address)
-    blobs = DiskBlobs(config.data_dir)
+    blobs, entries = open_place(config.blobs_place)
     store = AdapterStore(
         blobs,
-        SqliteIndex(config.data_dir / "index.sqlite3"),
+        entries,
+        open_index(config.index_place),
         max_upload_bytes=config.max_upload_bytes,
         uri_roots=config.uri_roots,
+        delete_grace=config.delete_grace,
     )
-    with ThreadPoolExecutor(REGISTRATION_THREADS, "registration") as registrations:
-        store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(AdapterStoreServicer(store), server.server)
-        admin_pb2_grpc.add_AdapterAdminServiceServicer_to_server(
-            AdapterAdminServicer(store, registrations), server.server
-        )
-        await server.start()
-        await server.set_serving(True)
+    store.heal()
+    async with serving(server, store, stop_grace=STOP_GRACE_SECONDS):
         print(f"listening on {config.host}:{port}", flush=True)
-        log.info("data in %s", config.data_dir)
+        log.info("blobs and log in %s, index in %s", config.blobs_place, config.index_place)
         await wait_for_signal()
         log.info("stopping")
-        await server.stop(STOP_GRACE_SECONDS)
     store.close()
     log.info("stopped")
 

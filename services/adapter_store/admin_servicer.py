@@ -6,27 +6,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc.aio
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
 from services.adapter_store import convert
+from services.adapter_store.actor import actor_of
+from services.adapter_store.findings import Reason
+from services.adapter_store.receiving import receive_files, receive_header
 from services.adapter_store.store import AdapterStore
-from services.adapter_store.upload import Upload
-from services.common.errors import InvalidArgument, Unimplemented
+from services.common.errors import InvalidArgument
 from services.common.profile import DEFAULT_LORA_RANK, profile_from_config
 from services.common.references import parse_name
+
+# A read and a message each, as for pulls.
+DOWNLOAD_CHUNK_BYTES = 1 << 20
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Result = TypeVar("Result")
 
 
 class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
-    def __init__(self, store: AdapterStore, registrations: Executor) -> None:
-        """`registrations` runs validation and packing, apart from the threads that resolve and pull."""
+    def __init__(self, store: AdapterStore, workers: Executor) -> None:
+        """`workers` run what keeps a core or a disk busy, apart from the threads that resolve and pull."""
         self._store = store
-        self._registrations = registrations
+        self._workers = workers
 
     async def RegisterBaseModel(
         self, request: admin_pb2.RegisterBaseModelRequest, context: Context
@@ -39,26 +45,24 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
             lora_extra_vocab_size=request.lora_extra_vocab_size,
             fingerprint=request.fingerprint,
         )
-        existed = await asyncio.to_thread(self._store.register_base_model, profile)
+        register = partial(self._store.changes.register_base_model, profile, actor=actor_of(context))
+        existed = await asyncio.to_thread(register)
         return admin_pb2.RegisterBaseModelResponse(profile=convert.profile_message(profile), existed=existed)
 
     async def ListBaseModels(
         self, request: admin_pb2.ListBaseModelsRequest, context: Context
     ) -> admin_pb2.ListBaseModelsResponse:
-        profiles = await asyncio.to_thread(self._store.base_models)
+        profiles = await asyncio.to_thread(self._store.catalog.base_models)
         return admin_pb2.ListBaseModelsResponse(base_models=map(convert.profile_message, profiles))
 
     async def RegisterVersion(
         self, request_iterator: AsyncIterator[admin_pb2.RegisterVersionRequest], context: Context
     ) -> admin_pb2.RegisterVersionResponse:
-        header = convert.upload_header(await _header(request_iterator))
-        upload = await asyncio.to_thread(self._store.begin_upload, header)
-        try:
-            await _receive(request_iterator, upload)
-        except BaseException:  # a cancelled call, too
-            await asyncio.to_thread(upload.discard)
-            raise
-        registered = await self._finish(lambda: self._store.register(header, upload))
+        header = convert.upload_header(await receive_header(request_iterator))
+        upload = await asyncio.to_thread(self._store.registration.begin_upload, header)
+        await receive_files(request_iterator, upload)
+        register = partial(self._store.registration.register, header, upload, actor=actor_of(context))
+        registered = await self._finish(register)
         return admin_pb2.RegisterVersionResponse(
             version=convert.version_message(registered.version),
             existed=registered.existed,
@@ -69,22 +73,37 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         self, request: admin_pb2.RegisterFromUriRequest, context: Context
     ) -> admin_pb2.RegisterFromUriResponse:
         header = convert.upload_header(request.header)
-        registered = await self._finish(lambda: self._store.register_from_uri(header, request.uri))
+        register = partial(self._store.registration.register_from_uri, header, request.uri, actor=actor_of(context))
+        registered = await self._finish(register)
         return admin_pb2.RegisterFromUriResponse(
             version=convert.version_message(registered.version),
             existed=registered.existed,
             warnings=registered.version.content.warnings,
         )
 
+    async def ValidateVersion(
+        self, request_iterator: AsyncIterator[admin_pb2.ValidateVersionRequest], context: Context
+    ) -> admin_pb2.ValidateVersionResponse:
+        header = convert.upload_header(await receive_header(request_iterator))
+        upload = await asyncio.to_thread(self._store.registration.begin_upload, header)
+        try:
+            await receive_files(request_iterator, upload)
+            validated = await self._finish(partial(self._store.registration.validate, header, upload))
+        except InvalidArgument as error:  # found before there was anything to examine
+            if error.reason not in set(Reason):
+                raise
+            return convert.refusal_message(error)
+        return convert.validated_message(validated)
+
     async def GetAdapter(self, request: admin_pb2.GetAdapterRequest, context: Context) -> admin_pb2.GetAdapterResponse:
-        adapter = await asyncio.to_thread(self._store.adapter, parse_name(request.adapter))
+        adapter = await asyncio.to_thread(self._store.catalog.adapter, parse_name(request.adapter))
         return admin_pb2.GetAdapterResponse(adapter=convert.adapter_message(adapter))
 
     async def ListAdapters(
         self, request: admin_pb2.ListAdaptersRequest, context: Context
     ) -> admin_pb2.ListAdaptersResponse:
         adapters, token = await asyncio.to_thread(
-            self._store.adapters, request.tenant, request.page_size, request.page_token
+            self._store.catalog.adapters, request.tenant, request.page_size, request.page_token
         )
         return admin_pb2.ListAdaptersResponse(adapters=map(convert.adapter_message, adapters), next_page_token=token)
 
@@ -92,7 +111,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         self, request: admin_pb2.ListVersionsRequest, context: Context
     ) -> admin_pb2.ListVersionsResponse:
         versions, token = await asyncio.to_thread(
-            self._store.versions,
+            self._store.catalog.versions,
             parse_name(request.adapter),
             include_deleted=request.include_deleted,
             page_size=request.page_size,
@@ -102,77 +121,90 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
 
     async def GetVersion(self, request: admin_pb2.GetVersionRequest, context: Context) -> admin_pb2.GetVersionResponse:
         name, number = parse_name(request.adapter), convert.version_number(request.version)
-        version = await asyncio.to_thread(self._store.version, name, number)
+        version = await asyncio.to_thread(self._store.catalog.version, name, number)
         return admin_pb2.GetVersionResponse(version=convert.version_message(version))
 
+    async def GetHistory(self, request: admin_pb2.GetHistoryRequest, context: Context) -> admin_pb2.GetHistoryResponse:
+        entries, token = await asyncio.to_thread(
+            self._store.history, parse_name(request.adapter), request.page_size, request.page_token
+        )
+        return admin_pb2.GetHistoryResponse(
+            entries=[convert.history_message(seq, entry) for seq, entry in entries], next_page_token=token
+        )
+
     async def SetAlias(self, request: admin_pb2.SetAliasRequest, context: Context) -> admin_pb2.SetAliasResponse:
-        name, number = parse_name(request.adapter), _only_target(request)
-        adapter = await asyncio.to_thread(self._store.set_alias, name, request.alias, number)
-        return admin_pb2.SetAliasResponse(adapter=convert.adapter_message(adapter))
+        change = partial(
+            self._store.changes.set_alias,
+            parse_name(request.adapter),
+            request.alias,
+            convert.targets(request.targets),
+            expected_revision=convert.expected_revision(request),
+            actor=actor_of(context),
+        )
+        return admin_pb2.SetAliasResponse(adapter=convert.adapter_message(await asyncio.to_thread(change)))
+
+    async def DeleteAlias(
+        self, request: admin_pb2.DeleteAliasRequest, context: Context
+    ) -> admin_pb2.DeleteAliasResponse:
+        change = partial(
+            self._store.changes.delete_alias,
+            parse_name(request.adapter),
+            request.alias,
+            expected_revision=convert.expected_revision(request),
+            actor=actor_of(context),
+        )
+        return admin_pb2.DeleteAliasResponse(adapter=convert.adapter_message(await asyncio.to_thread(change)))
 
     async def DeleteVersion(
         self, request: admin_pb2.DeleteVersionRequest, context: Context
     ) -> admin_pb2.DeleteVersionResponse:
         name, number = parse_name(request.adapter), convert.version_number(request.version)
-        await asyncio.to_thread(self._store.delete_version, name, number)
+        await asyncio.to_thread(partial(self._store.changes.delete_version, name, number, actor=actor_of(context)))
         return admin_pb2.DeleteVersionResponse()
-
-    async def GetStats(self, request: admin_pb2.GetStatsRequest, context: Context) -> admin_pb2.GetStatsResponse:
-        counts = await asyncio.to_thread(self._store.counts)
-        blob_bytes = await asyncio.to_thread(self._store.blob_bytes)
-        return admin_pb2.GetStatsResponse(
-            adapters=counts.adapters, versions=counts.versions, base_models=counts.base_models, blob_bytes=blob_bytes
-        )
-
-    async def DownloadVersion(
-        self, request: admin_pb2.DownloadVersionRequest, context: Context
-    ) -> AsyncIterator[admin_pb2.DownloadVersionResponse]:
-        raise Unimplemented.not_yet("DownloadVersion")
-        yield  # a stream's handler is a generator
-
-    async def DeleteAlias(
-        self, request: admin_pb2.DeleteAliasRequest, context: Context
-    ) -> admin_pb2.DeleteAliasResponse:
-        raise Unimplemented.not_yet("DeleteAlias")
 
     async def UndeleteVersion(
         self, request: admin_pb2.UndeleteVersionRequest, context: Context
     ) -> admin_pb2.UndeleteVersionResponse:
-        raise Unimplemented.not_yet("UndeleteVersion")
+        name, number = parse_name(request.adapter), convert.version_number(request.version)
+        await asyncio.to_thread(partial(self._store.changes.undelete_version, name, number, actor=actor_of(context)))
+        version = await asyncio.to_thread(self._store.catalog.version, name, number)
+        return admin_pb2.UndeleteVersionResponse(version=convert.version_message(version))
+
+    async def DownloadVersion(
+        self, request: admin_pb2.DownloadVersionRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.DownloadVersionResponse]:
+        name, number = parse_name(request.adapter), convert.version_number(request.version)
+        reader = await asyncio.to_thread(self._store.open_file, name, number, request.file)
+        with reader.closing():
+            offset, total_size = 0, reader.size
+            while data := await asyncio.to_thread(reader.read, offset, DOWNLOAD_CHUNK_BYTES):
+                yield admin_pb2.DownloadVersionResponse(data=data, total_size=total_size)
+                offset, total_size = offset + len(data), 0
 
     async def CollectGarbage(
         self, request: admin_pb2.CollectGarbageRequest, context: Context
     ) -> admin_pb2.CollectGarbageResponse:
-        raise Unimplemented.not_yet("CollectGarbage")
+        collect = partial(self._store.collection.collect, dry_run=request.dry_run, actor=actor_of(context))
+        found = await self._finish(collect)
+        return admin_pb2.CollectGarbageResponse(
+            blobs=found.blobs, bytes=found.bytes, versions=found.versions, digests=found.digests
+        )
 
     async def VerifyIntegrity(
         self, request: admin_pb2.VerifyIntegrityRequest, context: Context
     ) -> admin_pb2.VerifyIntegrityResponse:
-        raise Unimplemented.not_yet("VerifyIntegrity")
+        found = await self._finish(self._store.verify)
+        return admin_pb2.VerifyIntegrityResponse(
+            blobs=found.blobs, bytes=found.bytes, entries=found.entries, problems=found.problems
+        )
 
-    async def _finish(self, register: Callable[[], Result]) -> Result:
-        """Run a registration to its end even when its caller goes away: it owns the upload and cleans up after it."""
-        return await asyncio.shield(asyncio.wrap_future(self._registrations.submit(register)))
+    async def GetStats(self, request: admin_pb2.GetStatsRequest, context: Context) -> admin_pb2.GetStatsResponse:
+        totals = await asyncio.to_thread(self._store.catalog.totals)
+        blob_bytes = await asyncio.to_thread(self._store.blob_bytes)
+        return admin_pb2.GetStatsResponse(
+            adapters=totals.adapters, versions=totals.versions, base_models=totals.base_models, blob_bytes=blob_bytes
+        )
 
-
-async def _header(requests: AsyncIterator[admin_pb2.RegisterVersionRequest]) -> admin_pb2.RegisterVersionHeader:
-    async for request in requests:
-        if request.WhichOneof("part") == "header":
-            return request.header
-        break
-    raise InvalidArgument("MISSING_HEADER", "the first message of an upload is its header", field="header")
-
-
-async def _receive(requests: AsyncIterator[admin_pb2.RegisterVersionRequest], upload: Upload) -> None:
-    async for request in requests:
-        if request.WhichOneof("part") != "chunk":
-            raise InvalidArgument("MISSING_CHUNK", "after the header only chunks come", field="chunk")
-        await asyncio.to_thread(upload.write, request.chunk.file, request.chunk.data)
-
-
-def _only_target(request: admin_pb2.SetAliasRequest) -> int:
-    if not request.targets:
-        raise InvalidArgument("MISSING_FIELD", "targets is empty; name one version", field="targets")
-    if len(request.targets) > 1:
-        raise Unimplemented.not_yet("targets with several versions")
-    return convert.version_number(request.targets[0].version)
+    async def _finish(self, work: Callable[[], Result]) -> Result:
+        """Run work to its end even when its caller goes away: a registration cleans up after itself."""
+        return await asyncio.shield(asyncio.wrap_future(self._workers.submit(work)))

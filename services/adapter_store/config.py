@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.adapter_store.backends import INDEX_FILE
+from services.adapter_store.collection import DELETE_GRACE_SECONDS
 from services.common.errors import InvalidArgument
 
 DEFAULT_PORT = 50052
@@ -19,6 +21,8 @@ class StoreConfig:
     data_dir: everything the store keeps
     uri_roots: directories that RegisterFromUri may read; none means it may not
     max_upload_bytes: of both files of one upload together
+    blobs, index: places of blobs and log, and of the index; empty: in data_dir
+    delete_grace: seconds in which a deleted version can be brought back
     Raises InvalidArgument naming the flag.
     """
 
@@ -27,6 +31,9 @@ class StoreConfig:
     data_dir: Path = Path(".data/store")
     uri_roots: tuple[Path, ...] = ()
     max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES
+    blobs: str = ""
+    index: str = ""
+    delete_grace: float = DELETE_GRACE_SECONDS
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -42,6 +49,17 @@ class StoreConfig:
                 raise _invalid("--uri-root", f"is {root}, which is no directory")
             if self.data_dir.resolve().is_relative_to(root.resolve()):
                 raise _invalid("--uri-root", f"is {root}, which holds the store's own data; choose one that does not")
+
+        if not 0 <= self.delete_grace < float("inf"):
+            raise _invalid("--delete-grace", f"is {self.delete_grace}; it must be 0 or more seconds")
+
+    @property
+    def blobs_place(self) -> str:
+        return self.blobs or str(self.data_dir)
+
+    @property
+    def index_place(self) -> str:
+        return self.index or str(self.data_dir / INDEX_FILE)
 
     @property
     def address(self) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.adapter_store.findings import Finding
 from services.common.references import AdapterName
+from services.common.split import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,11 @@ class VersionContent:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One immutable version as the index knows it. created_ns: nanoseconds since 1970."""
+    """One immutable version as the index knows it. created_ns: nanoseconds since 1970.
+
+    deleted: no name means it any more; it can be brought back until it is collected
+    collected: its bytes are given up, and it stays deleted
+    """
 
     adapter: AdapterName
     number: int
@@ -71,17 +78,22 @@ class Version:
     deleted: bool
     aliases: tuple[str, ...]
     content: VersionContent
+    collected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One named line of versions. latest_version is 0 when all are deleted; base_model is the newest's."""
+    """One named line of versions. latest_version is 0 when all are deleted; base_model is the newest's.
+
+    revision: entries in its log; changes with every change of the adapter
+    """
 
     name: AdapterName
-    aliases: dict[str, int]
+    aliases: Mapping[str, tuple[Target, ...]]
     latest_version: int
     num_versions: int
     base_model: str
+    revision: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +105,10 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """What the index holds; deleted versions left out."""
+class Validated:
+    """The answer to a dry run. modules: those that are sound; the upload would be taken when there are no findings."""
 
-    adapters: int
-    versions: int
-    base_models: int
+    findings: tuple[Finding, ...]
+    modules: tuple[BoundModule, ...]
+    warnings: tuple[str, ...]
+    content_digest: str

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from services.common.errors import AlreadyExists, FailedPrecondition, NotFound
-from services.common.references import AdapterName
+from services.common.references import STABLE, AdapterName
 
 
 def adapter_not_found(adapter: AdapterName) -> NotFound:
@@ -32,7 +32,7 @@ def version_deleted(adapter: AdapterName, number: int) -> NotFound:
     )
 
 
-def alias_not_found(adapter: AdapterName, alias: str, aliases: Mapping[str, int]) -> NotFound:
+def alias_not_found(adapter: AdapterName, alias: str, aliases: Iterable[str]) -> NotFound:
     there = ", ".join([*aliases, "latest"])
     return NotFound(
         "ALIAS_NOT_FOUND",
@@ -50,6 +50,48 @@ def version_in_use(adapter: AdapterName, number: int, aliases: Iterable[str]) ->
         adapter=adapter,
         version=number,
         aliases=names,
+    )
+
+
+def version_collected(adapter: AdapterName, number: int) -> FailedPrecondition:
+    return FailedPrecondition(
+        "VERSION_COLLECTED",
+        f"version {number} of {adapter} was deleted and its bytes are gone; register it again",
+        field="version",
+        adapter=adapter,
+        version=number,
+    )
+
+
+def content_lives(adapter: AdapterName, number: int, other: int) -> FailedPrecondition:
+    return FailedPrecondition(
+        "CONTENT_LIVES",
+        f"version {other} of {adapter} has the content of version {number}; use that one, or delete it first",
+        field="version",
+        adapter=adapter,
+        version=other,
+    )
+
+
+def stable_in_use(adapter: AdapterName, others: Iterable[int]) -> FailedPrecondition:
+    numbers = ", ".join(map(str, others))
+    return FailedPrecondition(
+        "STABLE_IN_USE",
+        f"{adapter} means its {STABLE} to whoever names no version; move it, or delete versions {numbers} first if the "
+        "adapter shall go",
+        field="alias",
+        adapter=adapter,
+        versions=numbers,
+    )
+
+
+def revision_conflict(adapter: AdapterName, expected: int, found: int) -> FailedPrecondition:
+    return FailedPrecondition(
+        "REVISION_CONFLICT",
+        f"{adapter} is at revision {found}, not {expected}: another changed it; look at it again, then decide",
+        field="expected_revision",
+        adapter=adapter,
+        revision=found,
     )
 
 
@@ -86,7 +128,7 @@ def base_model_differs(name: str, fields: Iterable[str]) -> AlreadyExists:
     return AlreadyExists(
         "BASE_MODEL_EXISTS",
         f"base model {name} is registered with other values of {which}; its versions were checked against those, "
-        "so register this one under another name",
+        "and only a higher max_lora_rank and more accepted_names are taken; register this one under another name",
         field="name",
         differs=which,
     )

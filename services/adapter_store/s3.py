@@ -3,12 +3,7 @@
 boto3 is imported when a bucket is opened, not before: a store on disk starts without it.
 
 Every request has a connect and a read timeout and a bounded number of attempts, so that a call ends in
-(attempts × timeouts + backoff) at the latest. What the server or the network does wrong becomes one of
-    Unavailable STORAGE_UNAVAILABLE              away, slow, or answering 5xx after all attempts; trying later helps
-    FailedPrecondition STORAGE_ACCESS_DENIED     the store's own credentials are missing, wrong or not enough
-    FailedPrecondition STORAGE_BUCKET_NOT_FOUND  no such bucket
-    FailedPrecondition STORAGE_REFUSED           any other refusal, with the server's own code and words
-    ResourceExhausted STORAGE_FULL               the server has no room
+(attempts × timeouts + backoff) at the latest. What goes wrong comes as s3_errors.py says.
 """
 
 from __future__ import annotations
@@ -16,39 +11,20 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import os
 import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
-from services.common.errors import (
-    FailedPrecondition,
-    InvalidArgument,
-    MultiloraError,
-    ResourceExhausted,
-    Unavailable,
-)
+from services.adapter_store.s3_errors import ObjectMissing, Taken, s3_errors, unavailable
+from services.common.errors import FailedPrecondition, InvalidArgument, Unavailable
 
-CONFLICT = 409
-PRECONDITION_FAILED = 412
-RETRY_AFTER_SECONDS = 2.0
 WRITER = "writer"  # metadata of what was created exclusively: who did it
-
-_DENIED = frozenset(
-    {
-        "AccessDenied",
-        "ExpiredToken",
-        "Forbidden",
-        "InvalidAccessKeyId",
-        "InvalidToken",
-        "RequestTimeTooSkewed",
-        "SignatureDoesNotMatch",
-    }
-)
-_FULL = frozenset({"QuotaExceeded", "InsufficientCapacity", "EntityTooLarge", "XMinioStorageFull"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +32,9 @@ class S3Config:
     """Where the bucket is, and how patient to be. Credentials come from the standard AWS chain, never from here.
 
     prefix: of every key, without a slash at either end; empty: none
-    endpoint_url: None means AWS itself
-    region: None means the AWS environment's
-    path_style: bucket in the path and not in the host name; None: wherever there is an endpoint_url
+    endpoint_url: None means the AWS environment's (AWS_ENDPOINT_URL_S3), or AWS itself
+    region: None means the AWS environment's (AWS_REGION)
+    path_style: bucket in the path and not in the host name; None: wherever the endpoint is not AWS's own
     attempts: per request, the first included
     connections: kept open at most, and so the most requests at once
     """
@@ -118,7 +94,8 @@ class S3Bucket:
 
         self.config = config
         self._prefix = f"{config.prefix}/" if config.prefix else ""
-        path_style = config.endpoint_url is not None if config.path_style is None else config.path_style
+        endpoint = config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        path_style = config.path_style if config.path_style is not None else endpoint is not None
         with self.errors("connect"):
             # a session of its own: the default one is shared by the process and not safe in threads
             self.client = boto3.session.Session().client(
@@ -130,7 +107,7 @@ class S3Bucket:
                     read_timeout=config.read_timeout,
                     retries={"mode": "standard", "total_max_attempts": config.attempts},
                     max_pool_connections=config.connections,
-                    s3={"addressing_style": "path" if path_style else "auto"},
+                    s3={"addressing_style": "path" if path_style else "virtual"},
                     # Checksums are given explicitly, as sha256. Those that boto3 would add on its own are trailers,
                     # which older servers refuse, and those of a whole object do not fit a range of it.
                     request_checksum_calculation="when_required",
@@ -265,69 +242,12 @@ class S3Bucket:
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
-    @contextlib.contextmanager
-    def errors(self, action: str, name: str = "") -> Iterator[None]:
-        """Raise what botocore raises as one of this tree, or as ObjectMissing or Taken."""
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-
-        try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise self._denied(action, str(error)) from error
-        except ValueError as error:  # as an endpoint that is no URL
-            raise InvalidArgument("INVALID_S3_SETTING", f"{self.config.uri}: {error}") from error
-        except ClientError as error:
-            raise self._refused(action, name, error) from error
-        except BotoCoreError as error:
-            raise self.unavailable(action, name, error) from error
+    def errors(self, action: str, name: str = "") -> AbstractContextManager[None]:
+        """Raise what botocore raises as an error of this tree, or as ObjectMissing or Taken."""
+        return s3_errors(self.config.uri, action, name)
 
     def unavailable(self, action: str, name: str, why: object) -> Unavailable:
-        return Unavailable(
-            "STORAGE_UNAVAILABLE",
-            f"cannot {action} {self.config.uri}/{name}: {why}; check that the S3 server "
-            f"{self.config.endpoint_url or 'of AWS'} is up and can be reached from the store, then try again",
-            retry_after=RETRY_AFTER_SECONDS,
-        )
-
-    def _refused(self, action: str, name: str, error: Any) -> Exception:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        code = error.response.get("Error", {}).get("Code", "")
-        if code == "NoSuchBucket":
-            return FailedPrecondition(
-                "STORAGE_BUCKET_NOT_FOUND",
-                f"there is no bucket {self.config.bucket}; create it, or name another with --blobs",
-            )
-        if status == 404:
-            return ObjectMissing(name)
-        if status in (PRECONDITION_FAILED, CONFLICT):
-            return Taken(name)
-        if code in _FULL or status == 507:
-            return ResourceExhausted(
-                "STORAGE_FULL", f"cannot {action} {self.config.uri}/{name}: {error}; make room on the S3 server"
-            )
-        if code in _DENIED or status in (401, 403):
-            return self._denied(action, str(error))
-        # BadDigest and the like: what arrived is not what was sent
-        if status >= 500 or status == 429 or code in ("BadDigest", "RequestTimeout", "SlowDown", "IncompleteBody"):
-            return self.unavailable(action, name, error)
-        return FailedPrecondition(
-            "STORAGE_REFUSED", f"cannot {action} {self.config.uri}/{name}: {error}; check --s3-region and the server"
-        )
-
-    def _denied(self, action: str, why: str) -> MultiloraError:
-        return FailedPrecondition(
-            "STORAGE_ACCESS_DENIED",
-            f"the S3 server does not let the store {action} in {self.config.uri}: {why}; check AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY (or the role), what they may do in this bucket, and this machine's clock",
-        )
-
-
-class ObjectMissing(Exception):
-    """There is no such object."""
-
-
-class Taken(Exception):
-    """A condition of the request does not hold: the object is there, or is another."""
+        return unavailable(self.config.uri, action, name, why)
 
 
 def sha256_base64(data: bytes | memoryview) -> str:

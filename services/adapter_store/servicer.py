@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc.aio
 
 from multilora.adapter_store.v1 import store_pb2, store_pb2_grpc
 from services.adapter_store import convert
+from services.adapter_store.feed import Feed
 from services.adapter_store.store import AdapterStore
-from services.common.errors import Unimplemented
 from services.common.references import parse_reference
 
 # A read and a message each: large enough that framing does not show, small enough that a hundred pulls stay cheap.
@@ -22,14 +23,18 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self, store: AdapterStore, feed: Feed) -> None:
         self._store = store
+        self._feed = feed
 
     async def ResolveAdapter(
         self, request: store_pb2.ResolveAdapterRequest, context: Context
     ) -> store_pb2.ResolveAdapterResponse:
         reference = parse_reference(request.reference, field="reference")
-        version = await asyncio.to_thread(self._store.resolve, reference, request.base_model)
+        resolve = partial(
+            self._store.catalog.resolve, reference, base_model=request.base_model, routing_key=request.routing_key
+        )
+        version = await asyncio.to_thread(resolve)
         return store_pb2.ResolveAdapterResponse(identity=convert.identity(version), max_rank=version.content.max_rank)
 
     async def PullAdapter(
@@ -47,5 +52,5 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
     async def WatchAdapters(
         self, request: store_pb2.WatchAdaptersRequest, context: Context
     ) -> AsyncIterator[store_pb2.WatchAdaptersResponse]:
-        raise Unimplemented.not_yet("WatchAdapters")
-        yield  # a stream's handler is a generator
+        async for event in self._feed.watch(request.after_revision, request.epoch):
+            yield convert.watch_message(event)

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Self
 
-from services.adapter_store.blobs.disk import DiskBlobs, PartialBlob
+from services.adapter_store.blobs.interface import Blobs, PartialBlob
 from services.adapter_store.findings import Findings, Reason, shown
 from services.adapter_store.manifest import MAX_CONFIG_BYTES
 from services.adapter_store.safetensors_header import LENGTH, HeaderError, PickleError, header_length
@@ -24,7 +24,7 @@ class Upload:
     Written to from worker threads; a discard while a write is under way waits for it, and later writes are refused.
     """
 
-    def __init__(self, blobs: DiskBlobs, max_bytes: int) -> None:
+    def __init__(self, blobs: Blobs, max_bytes: int) -> None:
         self._blobs = blobs
         self._max_bytes = max_bytes
         self._files: dict[str, PartialBlob] = {}
@@ -112,16 +112,16 @@ class Upload:
         findings.raise_if_any()
 
 
-def check_file_name(file: str) -> None:
-    """Raise InvalidArgument for any file but the two."""
+def check_file_name(file: str, *, field: str = "chunk.file") -> None:
+    """Raise InvalidArgument, naming `field`, for any file but the two."""
     if file in (CONFIG_FILE, WEIGHTS_FILE):
         return
     if PurePosixPath(file).suffix.lower() in UNSAFE_SUFFIXES:
         raise InvalidArgument(
             Reason.UNSAFE_FORMAT,
             f"{shown(file)} is a pickle, which can run code when it is read; save the adapter as {WEIGHTS_FILE}",
-            field="chunk.file",
+            field=field,
         )
     raise InvalidArgument(
-        "UNEXPECTED_FILE", f"{shown(file)} is not taken; send {CONFIG_FILE} and {WEIGHTS_FILE}", field="chunk.file"
+        "UNEXPECTED_FILE", f"{shown(file)} is not taken; {CONFIG_FILE} and {WEIGHTS_FILE} are", field=field
     )

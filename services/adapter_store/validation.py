@@ -47,12 +47,24 @@ class _Pair:
     b: TensorEntry | None = None
 
 
-def validate(config: bytes, weights: memoryview, profile: BaseModelProfile, overrides: Overrides) -> CheckedAdapter:
-    """Check an upload against a profile.
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """Everything that is wrong with an upload, and the modules that are sound all the same."""
 
-    Memory stays flat: `weights` is the mapped file, read in chunks.
-    Raises InvalidArgument or FailedPrecondition that carry every finding.
-    """
+    findings: Findings
+    modules: tuple[CheckedModule, ...]
+    warnings: tuple[str, ...]
+
+
+def validate(config: bytes, weights: memoryview, profile: BaseModelProfile, overrides: Overrides) -> CheckedAdapter:
+    """Check an upload against a profile. Raises InvalidArgument or FailedPrecondition that carry every finding."""
+    examined = examine(config, weights, profile, overrides)
+    examined.findings.raise_if_any()
+    return CheckedAdapter(examined.modules, examined.warnings)
+
+
+def examine(config: bytes, weights: memoryview, profile: BaseModelProfile, overrides: Overrides) -> Examined:
+    """Apply every rule. Memory stays flat: `weights` is the mapped file, read in chunks."""
     findings = Findings()
     manifest = parse_manifest(config, findings)
     if manifest is not None:
@@ -70,8 +82,7 @@ def validate(config: bytes, weights: memoryview, profile: BaseModelProfile, over
     contributes -= {module.name for module in modules if module.scale == 0}
     if pairs and not overrides.allow_zero:
         _check_contribution(len(pairs), contributes, findings)
-    findings.raise_if_any()
-    return CheckedAdapter(tuple(modules), _warnings(modules))
+    return Examined(findings, tuple(modules), _warnings(modules))
 
 
 def _check_base(manifest: Manifest, profile: BaseModelProfile, overrides: Overrides, findings: Findings) -> None:
@@ -255,8 +266,8 @@ def _check_contribution(num_modules: int, contributes: set[str], findings: Findi
 
 def _warnings(modules: list[CheckedModule]) -> tuple[str, ...]:
     warnings = []
-    highest = max(modules, key=lambda module: module.rank)
-    if highest.rank >= _HIGH_RANK:
+    highest = max(modules, key=lambda module: module.rank, default=None)
+    if highest is not None and highest.rank >= _HIGH_RANK:
         warnings.append(
             f"rank {highest.rank} in {highest.name}: from {_HIGH_RANK} on, full fine-tuning in a deployment of its own "
             "may serve better"

@@ -6,7 +6,6 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import pytest
 from hypothesis import settings
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
-from services.adapter_store.admin_servicer import AdapterAdminServicer
 from services.adapter_store.blobs.disk import DiskBlobs
 from services.adapter_store.index.sqlite import SqliteIndex
-from services.adapter_store.servicer import AdapterStoreServicer
+from services.adapter_store.log.disk import DiskLog
+from services.adapter_store.server import make_server, serving
 from services.adapter_store.store import AdapterStore
-from services.common.rpc import GrpcServer, from_rpc_error
+from services.common.rpc import from_rpc_error
 from tests.adapter_store import uploads
 
 # No example may fail for being slow: other work runs on the same cores. What hangs meets the test's own timeout.
@@ -29,6 +28,7 @@ settings.load_profile("multilora")
 
 TIMEOUT_SECONDS = 60
 MAX_UPLOAD_BYTES = 1 << 20
+HEARTBEAT_SECONDS = 0.2
 
 
 class Client:
@@ -65,11 +65,25 @@ class Client:
         return b"".join(part.data for part in self("PullAdapter", digest=digest, offset=offset))
 
 
+def make_store(data_dir: Path, **settings: Any) -> AdapterStore:
+    """A store over a directory, without a server."""
+    index = SqliteIndex(make_directory(data_dir) / "index.sqlite3")
+    return AdapterStore(
+        DiskBlobs(data_dir), DiskLog(data_dir), index, **({"max_upload_bytes": MAX_UPLOAD_BYTES} | settings)
+    )
+
+
+def make_directory(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 class RunningStore:
     """A store server in a thread of its own, over a directory that a test may look into."""
 
-    def __init__(self, data_dir: Path, uri_roots: tuple[Path, ...]) -> None:
+    def __init__(self, data_dir: Path, uri_roots: tuple[Path, ...] = (), **settings: Any) -> None:
         self.data_dir = data_dir
+        self._settings = settings
         self._uri_roots = uri_roots
         self._started = threading.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -81,21 +95,14 @@ class RunningStore:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = GrpcServer([])
+        server = make_server()
         self.port = server.bind("127.0.0.1:0")
-        blobs = DiskBlobs(self.data_dir)
-        index = SqliteIndex(self.data_dir / "index.sqlite3")
-        store = AdapterStore(blobs, index, max_upload_bytes=MAX_UPLOAD_BYTES, uri_roots=self._uri_roots)
-        with ThreadPoolExecutor(2) as registrations:
-            store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(AdapterStoreServicer(store), server.server)
-            admin_pb2_grpc.add_AdapterAdminServiceServicer_to_server(
-                AdapterAdminServicer(store, registrations), server.server
-            )
-            await server.start()
+        self.store = make_store(self.data_dir, uri_roots=self._uri_roots, **self._settings)
+        self.store.heal()
+        async with serving(server, self.store, stop_grace=0, heartbeat=HEARTBEAT_SECONDS):
             self._started.set()
             await self._stop.wait()
-            await server.stop(0)
-        store.close()
+        self.store.close()
 
     def close(self) -> None:
         self.client.channel.close()

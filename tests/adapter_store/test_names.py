@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from services.common.errors import (
     InvalidArgument,
     MultiloraError,
     NotFound,
-    Unimplemented,
 )
 from tests.adapter_store.conftest import Client
 from tests.adapter_store.uploads import make_adapter
@@ -167,7 +165,7 @@ def test_latest_of_nothing_is_not_found(client: Client) -> None:
         ("", [1], InvalidArgument, "INVALID_NAME"),
         ("canary", [], InvalidArgument, "MISSING_FIELD"),
         ("canary", [0], InvalidArgument, "MISSING_FIELD"),
-        ("canary", [1, 3], Unimplemented, "NOT_SERVED_YET"),
+        ("canary", [1, 3], InvalidArgument, "INVALID_WEIGHT"),
         ("canary", [9], NotFound, "VERSION_NOT_FOUND"),
         ("canary", [2**64 - 1], NotFound, "VERSION_NOT_FOUND"),
         ("canary", [2], NotFound, "VERSION_DELETED"),
@@ -207,9 +205,17 @@ def test_base_models_are_registered_once(client: Client) -> None:
     ]
     assert [profile.name for profile in client("ListBaseModels").base_models] == ["tiny-llama"]
     assert client("ListBaseModels").base_models[0] == again.profile
-    with pytest.raises(AlreadyExists, match="max_lora_rank") as caught:
-        client.register_base_model(accepted_names=["org/Tiny-Llama"], max_lora_rank=16)
-    assert caught.value.reason == "BASE_MODEL_EXISTS"
+
+
+def test_a_profile_may_widen_and_nothing_else(client: Client) -> None:
+    names = ["org/Tiny-Llama", "another"]
+    assert not client.register_base_model(accepted_names=names, max_lora_rank=16).existed
+    assert client.register_base_model(accepted_names=names, max_lora_rank=16).existed
+    assert client("ListBaseModels").base_models[0].max_lora_rank == 16
+    for fields in ({"max_lora_rank": 8, "accepted_names": names}, {"max_lora_rank": 16}):
+        with pytest.raises(AlreadyExists, match=r"max_lora_rank|accepted_names") as caught:
+            client.register_base_model(**fields)
+        assert caught.value.reason == "BASE_MODEL_EXISTS"
 
 
 @pytest.mark.parametrize(
@@ -274,13 +280,3 @@ def test_stats_count_what_lives(client: Client) -> None:
     stats = client("GetStats")
     assert (stats.adapters, stats.versions, stats.base_models) == (2, 2, 1)
     assert stats.blob_bytes > 0
-
-
-@pytest.mark.parametrize(
-    "method",
-    ["DownloadVersion", "DeleteAlias", "UndeleteVersion", "CollectGarbage", "VerifyIntegrity", "WatchAdapters"],
-)
-def test_what_is_not_served_says_so(client: Client, method: str) -> None:
-    with pytest.raises(Unimplemented, match=re.escape(method)) as caught:
-        client(method)
-    assert caught.value.reason == "NOT_SERVED_YET"

@@ -1,30 +1,34 @@
 """Content-addressed blobs in a directory. A blob's name is its digest, so it never changes once it is there.
 
-    <root>/lock                        held with flock while a store runs: one store per directory
-    <root>/tmp/<32 hex>.part           being written; whatever is here at start is left over and removed
-    <root>/blobs/sha256/ab/<64 hex>    committed; `ab` are the digest's first two digits
-    <root>/index.sqlite3               names, versions and aliases (index/sqlite.py), with its -wal and -shm
+    <root>/lock                        held with flock, shared, by every process that uses the directory
+    <root>/sweep.lock                  held with flock: shared while a blob gets its name, alone while one is removed
+    <root>/tmp/<32 hex>.part           being written; whatever is here when the first process starts is left over
+    <root>/blobs/sha256/ab/<64 hex>    committed; `ab` are the digest's first two digits; its mtime is its last commit
+    <root>/log/                        what names mean (log/interface.py)
+    <root>/index.sqlite3               the same, fast (index/sqlite.py), with its -wal and -shm
 
-Commit order: write under tmp/ → fsync → verify → link to the final name, which fails if it exists →
+Commit order: write under tmp/ → fsync → verify → link to the final name, or renew the mtime of what has it →
 fsync its directory → remove the name in tmp/. A reader sees a whole blob or none, and a crash leaves only tmp/ behind.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import mmap
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from services.common.errors import DataLoss, NotFound, ResourceExhausted, Unavailable
+from services.adapter_store.blobs.interface import BlobInfo
+from services.adapter_store.files import disk_full, fsync_directory, make_directory
+from services.adapter_store.steps import commit_step
+from services.common.errors import DataLoss, NotFound
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -56,7 +60,7 @@ class PartialBlob:
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes. Raises ResourceExhausted when the disk is full."""
         rest = memoryview(data)
-        with _disk_full():
+        with disk_full():
             while rest:
                 rest = rest[self._file.write(rest) :]
         self._hash.update(data)
@@ -75,17 +79,21 @@ class PartialBlob:
 
     def commit(self) -> str:
         """Make the bytes durable under their digest, which is returned. Raises DataLoss when the disk holds others."""
-        with _disk_full():
+        with disk_full():
             os.fsync(self._file.fileno())
         on_disk = os.fstat(self._file.fileno()).st_size
         if on_disk != self.size:
             raise DataLoss("SHORT_WRITE", f"wrote {self.size} bytes, the disk holds {on_disk}; check the disk")
         final = self._blobs.path(self.digest)
-        _make_directory(final.parent)
-        with contextlib.suppress(FileExistsError):
-            os.link(self.path, final)
+        make_directory(final.parent)
+        commit_step("blobs.disk.synced")
+        with self._blobs.sweep_lock(fcntl.LOCK_SH):
+            with contextlib.suppress(FileExistsError):
+                os.link(self.path, final)
+            os.utime(final)  # its age counts from its last commit
+        commit_step("blobs.disk.linked")
         # also when it existed: whoever linked it may not have come as far as this
-        _fsync_directory(final.parent)
+        fsync_directory(final.parent)
         digest = self.digest
         self.discard()
         return digest
@@ -100,15 +108,13 @@ class DiskBlobs:
     """All blobs beneath one directory. Safe to use from several threads."""
 
     def __init__(self, root: Path) -> None:
-        """Open or make the directory and remove what a crash left. Raises Unavailable when another store holds it."""
+        """Open or make the directory; the first process to use it removes what a crash left."""
         self.root = root
         self._tmp = root / "tmp"
         self._blobs = root / "blobs" / "sha256"
         for directory in (self._tmp, self._blobs):
-            _make_directory(directory)
-        self._lock = _lock(root / "lock")
-        for leftover in self._tmp.iterdir():
-            leftover.unlink()
+            make_directory(directory)
+        self._lock = _share(root / "lock", self._remove_leftovers)
 
     def close(self) -> None:
         os.close(self._lock)
@@ -125,8 +131,42 @@ class DiskBlobs:
         """Open a committed blob. Raises NotFound."""
         return BlobReader(self.path(digest), digest)
 
+    def list(self) -> Iterator[BlobInfo]:
+        for shard in os.scandir(self._blobs):
+            for blob in os.scandir(shard):
+                try:
+                    stat = blob.stat()
+                except FileNotFoundError:  # removed since
+                    continue
+                yield BlobInfo(f"sha256:{blob.name}", stat.st_size, stat.st_mtime_ns)
+
+    def delete(self, digest: str, *, before_ns: int) -> bool:
+        path = self.path(digest)
+        with self.sweep_lock(fcntl.LOCK_EX):
+            try:
+                if path.stat().st_mtime_ns >= before_ns:
+                    return False
+                path.unlink()
+            except FileNotFoundError:
+                return False
+        return True
+
     def total_bytes(self) -> int:
-        return sum(blob.stat().st_size for blob in self._blobs.glob("*/*"))
+        return sum(blob.size for blob in self.list())
+
+    @contextlib.contextmanager
+    def sweep_lock(self, kind: int) -> Iterator[None]:
+        """Keep removals and commits apart, among threads and processes: a lock belongs to the file opened for it."""
+        fd = os.open(self.root / "sweep.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, kind)
+            yield
+        finally:
+            os.close(fd)
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self._tmp.iterdir():
+            leftover.unlink()
 
 
 class BlobReader:
@@ -153,40 +193,11 @@ class BlobReader:
             self.close()
 
 
-@contextlib.contextmanager
-def _disk_full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceExhausted("DISK_FULL", "the store's disk is full; free some space, then upload again") from error
-
-
-def _lock(path: Path) -> int:
+def _share(path: Path, alone: Callable[[], None]) -> int:
+    """Hold `path` with flock, shared; `alone` runs first when no other process holds it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with contextlib.suppress(BlockingIOError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise Unavailable(
-            "DATA_DIR_IN_USE", f"another adapter store uses {path.parent}; stop it or choose another --data-dir"
-        ) from None
+        alone()
+    fcntl.flock(fd, fcntl.LOCK_SH)
     return fd
-
-
-def _make_directory(path: Path) -> None:
-    """Make a directory and its parents, each durable in its own parent."""
-    if path.is_dir():
-        return
-    _make_directory(path.parent)
-    path.mkdir(exist_ok=True)
-    _fsync_directory(path.parent)
-
-
-def _fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -50,7 +50,7 @@ class Write:
 
     state: the stream's new folded state
     change: what the feed says of it
-    documents: version number to its document; added, never changed
+    documents: key to document, as `3` of version 3 and `3/modules` of its modules; added, never changed
     packs: pack digests that may be pulled from now on; added, never removed
     live: versions of the stream that are not deleted, after this entry; 0 for base models
     """
@@ -59,7 +59,7 @@ class Write:
     seq: int
     state: str
     change: str
-    documents: Mapping[int, str] = field(default_factory=dict)
+    documents: Mapping[str, str] = field(default_factory=dict)
     packs: Sequence[str] = ()
     live: int = 0
 
@@ -97,8 +97,8 @@ class Index(IndexWriter, Protocol):
     def seqs(self) -> Iterator[tuple[str, int]]:
         """Every stream with how many entries of it are applied, in no order."""
 
-    def documents(self, stream: str, numbers: Iterable[int]) -> dict[int, str]:
-        """The documents of a stream by number; a number without one is left out."""
+    def documents(self, stream: str, keys: Iterable[str]) -> dict[str, str]:
+        """The documents of a stream by key; a key without one is left out."""
 
     def has_pack(self, digest: str) -> bool:
         """Whether a version, deleted or not, has these packed bytes."""

@@ -1,48 +1,37 @@
-"""Names, versions and aliases in one SQLite file: the index when nothing else is configured.
+"""The index in one SQLite file: what is used when nothing else is configured.
 
-A version exists from the moment `publish` commits, never before, and its blobs are durable by then.
+Several processes of one machine may share it: SQLite lets one of them write at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from services.adapter_store import refusals
-from services.adapter_store.index import rows
-from services.adapter_store.records import Adapter, Counts, Registered, Version, VersionContent
-from services.common.errors import Unavailable
-from services.common.profile import BaseModelProfile
-from services.common.references import LATEST, STABLE, AdapterName, AdapterReference
+from services.adapter_store.index.interface import FEED_LENGTH, Change, IndexWriter, Position, Stored, Totals, Write
+from services.adapter_store.steps import commit_step
+from services.common.errors import ResourceExhausted, Unavailable
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
-CREATE TABLE base_models (name TEXT PRIMARY KEY, profile TEXT NOT NULL) WITHOUT ROWID;
--- last_version: highest number ever given, so that none is given twice
-CREATE TABLE adapters (
-    tenant TEXT, name TEXT, last_version INTEGER NOT NULL,
-    PRIMARY KEY (tenant, name)
+CREATE TABLE position (epoch TEXT NOT NULL, revision INTEGER NOT NULL);
+-- name: the last part of the stream; live: versions not deleted
+CREATE TABLE streams (
+    stream TEXT PRIMARY KEY, name TEXT NOT NULL, seq INTEGER NOT NULL, live INTEGER NOT NULL, state TEXT NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE versions (
-    tenant TEXT, name TEXT, version INTEGER,
-    content_digest TEXT NOT NULL, pack_digest TEXT NOT NULL, base_model TEXT NOT NULL,
-    content TEXT NOT NULL, modules TEXT NOT NULL,
-    created_ns INTEGER NOT NULL, deleted INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (tenant, name, version),
-    FOREIGN KEY (tenant, name) REFERENCES adapters, FOREIGN KEY (base_model) REFERENCES base_models
-);
-CREATE UNIQUE INDEX live_content ON versions (tenant, name, content_digest) WHERE NOT deleted;
-CREATE INDEX packs ON versions (pack_digest);
-CREATE TABLE aliases (
-    tenant TEXT, name TEXT, alias TEXT, version INTEGER NOT NULL,
-    PRIMARY KEY (tenant, name, alias),
-    FOREIGN KEY (tenant, name, version) REFERENCES versions
-) WITHOUT ROWID;
+CREATE INDEX names ON streams (name);
+CREATE TABLE documents (stream TEXT, key TEXT, document TEXT NOT NULL, PRIMARY KEY (stream, key));
+CREATE TABLE packs (digest TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE feed (revision INTEGER PRIMARY KEY, stream TEXT NOT NULL, change TEXT NOT NULL);
 """
+_TABLES = ("streams", "documents", "packs", "feed")
+# Another process may write for as long as a rebuild of a large store takes.
+_BUSY_SECONDS = 60.0
+_SCAN = 1000
 
 
 class SqliteIndex:
@@ -51,8 +40,9 @@ class SqliteIndex:
     Writes and reads have a connection each: a resolve does not wait for a commit's fsync.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, feed_length: int = FEED_LENGTH) -> None:
         """Open or make the index. Raises Unavailable when the file is no index of this version."""
+        self._feed_length = feed_length
         self._writer = _connect(path)
         self._reader = _connect(path)
         self._writing = threading.Lock()
@@ -61,11 +51,14 @@ class SqliteIndex:
             (found,) = db.execute("PRAGMA user_version").fetchone()
             if found not in (0, _SCHEMA_VERSION):
                 raise Unavailable(
-                    "INDEX_VERSION_UNKNOWN", f"{path} has schema {found}, {_SCHEMA_VERSION} is known here"
+                    "INDEX_VERSION_UNKNOWN",
+                    f"{path} has schema {found}, {_SCHEMA_VERSION} is known here; move it away, and start again: "
+                    "it is made anew from the log",
                 )
             if found == 0:
                 for statement in _SCHEMA.split(";\n"):
                     db.execute(statement)
+                db.execute("INSERT INTO position VALUES (?, 0)", (_new_epoch(),))
                 db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     def close(self) -> None:
@@ -73,146 +66,119 @@ class SqliteIndex:
             with lock:
                 connection.close()
 
-    def add_base_model(self, profile: BaseModelProfile) -> bool:
-        """Register a base model; True when the same profile was there. Raises AlreadyExists."""
-        with self._write() as db:
-            known = rows.base_model(db, profile.name)
-            if known is not None:
-                old, new = asdict(known), asdict(profile)
-                if old != new:
-                    raise refusals.base_model_differs(profile.name, [key for key in new if new[key] != old[key]])
-                return True
-            taken = db.execute("SELECT tenant, name FROM adapters WHERE name = ?", (profile.name,)).fetchone()
-            if taken is not None:
-                raise refusals.named_like_adapter(profile.name, AdapterName(*taken))
-            db.execute("INSERT INTO base_models VALUES (?, ?)", (profile.name, profile.to_json()))
-            return False
-
-    def base_model(self, name: str) -> BaseModelProfile | None:
+    def position(self) -> Position:
         with self._read() as db:
-            return rows.base_model(db, name)
+            return _position(db)
 
-    def base_models(self) -> list[BaseModelProfile]:
-        """All, by name."""
+    def get(self, stream: str) -> Stored | None:
         with self._read() as db:
-            return [
-                BaseModelProfile.from_json(text)
-                for (text,) in db.execute("SELECT profile FROM base_models ORDER BY name")
-            ]
+            row = db.execute("SELECT seq, state FROM streams WHERE stream = ?", (stream,)).fetchone()
+        return None if row is None else Stored(*row)
 
-    def find_content(self, adapter: AdapterName, content_digest: str) -> Version | None:
-        """The version of `adapter` with this content, unless deleted."""
+    def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, Stored]]:
         with self._read() as db:
-            number = rows.live_number(db, adapter, content_digest)
-            return None if number is None else rows.version(db, adapter, number, with_modules=True)
+            rows = db.execute(
+                "SELECT stream, seq, state FROM streams WHERE stream > ? AND stream >= ? AND stream < ? "
+                "ORDER BY stream LIMIT ?",
+                (after, prefix, prefix + chr(0x10FFFF), limit),
+            ).fetchall()
+        return [(stream, Stored(seq, state)) for stream, seq, state in rows]
 
-    def publish(self, adapter: AdapterName, content: VersionContent, *, promote: bool, created_ns: int) -> Registered:
-        """Make a version exist: number, first `stable`, promotion, in one transaction.
+    def seqs(self) -> Iterator[tuple[str, int]]:
+        after = ""
+        while True:
+            with self._read() as db:
+                rows = db.execute(
+                    "SELECT stream, seq FROM streams WHERE stream > ? ORDER BY stream LIMIT ?", (after, _SCAN)
+                ).fetchall()
+            if not rows:
+                return
+            yield from rows
+            after = rows[-1][0]
 
-        Content that a live version has is answered with that version. Raises AlreadyExists for a base model's name.
-        """
-        with self._write() as db:
-            if rows.base_model(db, adapter.name) is not None:
-                raise refusals.named_like_base_model(adapter)
-            number = rows.live_number(db, adapter, content.content_digest)
-            existed = number is not None
-            if number is None:
-                (number,) = db.execute(
-                    "INSERT INTO adapters VALUES (?, ?, 1) "
-                    "ON CONFLICT DO UPDATE SET last_version = last_version + 1 RETURNING last_version",
-                    (adapter.tenant, adapter.name),
+    def documents(self, stream: str, keys: Iterable[str]) -> dict[str, str]:
+        found = {}
+        with self._read() as db:
+            for key in keys:
+                row = db.execute(
+                    "SELECT document FROM documents WHERE stream = ? AND key = ?", (stream, key)
                 ).fetchone()
-                rows.insert_version(db, adapter, number, content, created_ns)
-            if promote or (number == 1 and not existed):
-                rows.set_alias(db, adapter, STABLE, number)
-            version = rows.version(db, adapter, number, with_modules=True)
-            assert version is not None
-            return Registered(version, existed)
+                if row is not None:
+                    found[key] = row[0]
+        return found
 
-    def resolve(self, reference: AdapterReference) -> Version:
-        """The live version a reference means now. Raises NotFound."""
+    def has_pack(self, digest: str) -> bool:
         with self._read() as db:
-            adapter = _existing(db, reference.adapter)
-            if reference.version is not None:
-                number = reference.version
-            elif reference.alias == LATEST:
-                if not adapter.latest_version:
-                    raise refusals.no_versions(adapter.name)
-                number = adapter.latest_version
-            elif reference.alias in adapter.aliases:
-                number = adapter.aliases[reference.alias]
-            else:
-                raise refusals.alias_not_found(adapter.name, reference.alias, adapter.aliases)
-            return _live(db, adapter, number)
+            return db.execute("SELECT 1 FROM packs WHERE digest = ?", (digest,)).fetchone() is not None
 
-    def adapter(self, name: AdapterName) -> Adapter:
-        """Raises NotFound."""
+    def named(self, name: str) -> str | None:
         with self._read() as db:
-            return _existing(db, name)
+            row = db.execute(
+                "SELECT stream FROM streams WHERE name = ? AND stream GLOB 'adapters/*' ORDER BY stream", (name,)
+            ).fetchone()
+        return None if row is None else str(row[0])
 
-    def adapters(self, *, tenant: str, after: AdapterName | None, limit: int) -> list[Adapter]:
-        """Up to `limit` adapters by name, those after `after`; of one tenant unless it is empty."""
-        start = (after.tenant, after.name) if after is not None else ("", "")
+    def totals(self) -> Totals:
         with self._read() as db:
-            found = db.execute(
-                "SELECT tenant, name FROM adapters WHERE (tenant, name) > (?, ?) AND (? = '' OR tenant = ?) "
-                "ORDER BY tenant, name LIMIT ?",
-                (*start, tenant, tenant, limit),
-            ).fetchall()
-            return [_existing(db, AdapterName(*key)) for key in found]
-
-    def version(self, adapter: AdapterName, number: int) -> Version:
-        """One version with its modules, deleted or not. Raises NotFound."""
-        with self._read() as db:
-            existing = _existing(db, adapter)
-            version = rows.version(db, adapter, number, with_modules=True)
-            if version is None:
-                raise refusals.version_not_found(adapter, number, existing.latest_version)
-            return version
-
-    def versions(self, adapter: AdapterName, *, before: int | None, limit: int, include_deleted: bool) -> list[Version]:
-        """Up to `limit` versions, newest first, those below number `before`. Raises NotFound."""
-        with self._read() as db:
-            _existing(db, adapter)
-            found = db.execute(
-                "SELECT version FROM versions WHERE tenant = ? AND name = ? AND (? IS NULL OR version < ?) "
-                "AND (? OR NOT deleted) ORDER BY version DESC LIMIT ?",
-                (adapter.tenant, adapter.name, before, before, include_deleted, limit),
-            ).fetchall()
-            versions = [rows.version(db, adapter, number, with_modules=False) for (number,) in found]
-            return [version for version in versions if version is not None]
-
-    def set_alias(self, adapter: AdapterName, alias: str, number: int) -> Adapter:
-        """Point an alias at a live version: the adapter as it is then. Raises NotFound."""
-        with self._write() as db:
-            _live(db, _existing(db, adapter), number)
-            rows.set_alias(db, adapter, alias, number)
-            return _existing(db, adapter)
-
-    def delete_version(self, adapter: AdapterName, number: int) -> None:
-        """Mark a version deleted. Raises NotFound, and FailedPrecondition while an alias points to it."""
-        with self._write() as db:
-            version = _live(db, _existing(db, adapter), number)
-            if version.aliases:
-                raise refusals.version_in_use(adapter, number, version.aliases)
-            db.execute(
-                "UPDATE versions SET deleted = 1 WHERE tenant = ? AND name = ? AND version = ?",
-                (adapter.tenant, adapter.name, number),
-            )
-
-    def has_pack(self, pack_digest: str) -> bool:
-        """Whether a version, deleted or not, has these packed bytes."""
-        with self._read() as db:
-            return db.execute("SELECT 1 FROM versions WHERE pack_digest = ?", (pack_digest,)).fetchone() is not None
-
-    def counts(self) -> Counts:
-        with self._read() as db:
-            return Counts(
+            return Totals(
                 *db.execute(
-                    "SELECT count(DISTINCT tenant || '/' || name), count(*), (SELECT count(*) FROM base_models) "
-                    "FROM versions WHERE NOT deleted"
+                    "SELECT count(*) FILTER (WHERE live > 0), coalesce(sum(live), 0), "
+                    "count(*) FILTER (WHERE stream GLOB 'base_models/*') FROM streams"
                 ).fetchone()
             )
+
+    def changes(self, after: int, limit: int) -> list[Change] | None:
+        with self._read() as db:
+            revision = _position(db).revision
+            if after == revision:
+                return []
+            (oldest,) = db.execute("SELECT min(revision) FROM feed").fetchone()
+            if after > revision or oldest is None or after + 1 < oldest:
+                return None
+            rows = db.execute(
+                "SELECT revision, stream, change FROM feed WHERE revision > ? ORDER BY revision LIMIT ?", (after, limit)
+            ).fetchall()
+        return [Change(*row) for row in rows]
+
+    def apply(self, write: Write) -> int | None:
+        with self._write() as db:
+            revision = self._apply(db, write)
+            commit_step("index.sqlite.written")
+        return revision
+
+    def renew(self, epoch: str) -> Position:
+        with self._write() as db:
+            if _position(db).epoch == epoch:
+                db.execute("UPDATE position SET epoch = ?", (_new_epoch(),))
+                db.execute("DELETE FROM feed")
+            return _position(db)
+
+    @contextlib.contextmanager
+    def rebuild(self) -> Iterator[IndexWriter]:
+        with self._write() as db:
+            for table in _TABLES:
+                db.execute(f"DELETE FROM {table}")
+            db.execute("UPDATE position SET epoch = ?, revision = 0", (_new_epoch(),))
+            yield _InTransaction(self, db)
+            commit_step("index.sqlite.rebuilt")
+
+    def _apply(self, db: sqlite3.Connection, write: Write) -> int | None:
+        row = db.execute("SELECT seq FROM streams WHERE stream = ?", (write.stream,)).fetchone()
+        if write.seq != (row[0] if row is not None else 0) + 1:
+            return None
+        name = write.stream.rpartition("/")[2]
+        db.execute(
+            "INSERT INTO streams VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET seq = excluded.seq, live = excluded.live, state = excluded.state",
+            (write.stream, name, write.seq, write.live, write.state),
+        )
+        rows = [(write.stream, key, document) for key, document in write.documents.items()]
+        db.executemany("INSERT INTO documents VALUES (?, ?, ?)", rows)
+        db.executemany("INSERT OR IGNORE INTO packs VALUES (?)", [(digest,) for digest in write.packs])
+        (revision,) = db.execute("UPDATE position SET revision = revision + 1 RETURNING revision").fetchone()
+        db.execute("INSERT INTO feed VALUES (?, ?, ?)", (revision, write.stream, write.change))
+        db.execute("DELETE FROM feed WHERE revision <= ?", (revision - self._feed_length,))
+        return int(revision)
 
     @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
@@ -227,42 +193,52 @@ class SqliteIndex:
             yield self._reader
 
 
-def _existing(db: sqlite3.Connection, name: AdapterName) -> Adapter:
-    adapter = rows.adapter(db, name)
-    if adapter is None:
-        raise refusals.adapter_not_found(name)
-    return adapter
+class _InTransaction:
+    """Applies within a transaction that is open: a rebuild's."""
+
+    def __init__(self, index: SqliteIndex, db: sqlite3.Connection) -> None:
+        self._index = index
+        self._db = db
+
+    def apply(self, write: Write) -> int | None:
+        return self._index._apply(self._db, write)
 
 
-def _live(db: sqlite3.Connection, adapter: Adapter, number: int) -> Version:
-    version = rows.version(db, adapter.name, number, with_modules=False)
-    if version is None:
-        raise refusals.version_not_found(adapter.name, number, adapter.latest_version)
-    if version.deleted:
-        raise refusals.version_deleted(adapter.name, number)
-    return version
+def _position(db: sqlite3.Connection) -> Position:
+    return Position(*db.execute("SELECT epoch, revision FROM position").fetchone())
+
+
+def _new_epoch() -> str:
+    return secrets.token_hex(8)
 
 
 @contextlib.contextmanager
 def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
-    connection.execute(begin)
     try:
+        connection.execute(begin)
         yield
         connection.execute("COMMIT")
-    except BaseException:
+    except BaseException as error:
         if connection.in_transaction:  # a full disk may have ended it already
             connection.execute("ROLLBACK")
+        if isinstance(error, sqlite3.OperationalError):
+            raise _away(error) from error
         raise
 
 
+def _away(error: sqlite3.OperationalError) -> Unavailable | ResourceExhausted:
+    if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        return ResourceExhausted("DISK_FULL", "the disk of the store's index is full; free some space, then try again")
+    return Unavailable("INDEX_UNAVAILABLE", f"the index cannot be used now ({error}); try again", retry_after=1.0)
+
+
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_SECONDS)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode NORMAL may lose the last commits when the machine stops. A version that was acknowledged must
-        # still be there, and its number never given again, so every commit is synced.
+        # In WAL mode NORMAL may lose the last commits when the machine stops. The log has them, but a Watch client
+        # may have been told of their revisions already, so every commit is synced.
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
     except sqlite3.DatabaseError as error:
         connection.close()
         raise Unavailable("INDEX_UNREADABLE", f"{path} is no SQLite index ({error}); move it away") from error

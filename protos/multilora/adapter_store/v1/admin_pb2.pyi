@@ -372,6 +372,7 @@ class AdapterVersion(_message.Message):
     ALIASES_FIELD_NUMBER: _builtins.int
     MODULES_FIELD_NUMBER: _builtins.int
     DELETED_FIELD_NUMBER: _builtins.int
+    COLLECTED_FIELD_NUMBER: _builtins.int
     max_rank: _builtins.int
     """Highest rank of its modules."""
     parameters: _builtins.int
@@ -380,6 +381,8 @@ class AdapterVersion(_message.Message):
     """Storage type of its weights: `float32`, `float16` or `bfloat16`."""
     deleted: _builtins.bool
     """True once deleted."""
+    collected: _builtins.bool
+    """True once its bytes are given up; it cannot be brought back then."""
     @_builtins.property
     def identity(self) -> _common_pb2.AdapterIdentity:
         """Names and digests."""
@@ -407,10 +410,11 @@ class AdapterVersion(_message.Message):
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         modules: _abc.Iterable[Global___BoundModule] | None = ...,
         deleted: _builtins.bool = ...,
+        collected: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "created_at", b"created_at", "deleted", b"deleted", "dtype", b"dtype", "identity", b"identity", "max_rank", b"max_rank", "modules", b"modules", "parameters", b"parameters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "collected", b"collected", "created_at", b"created_at", "deleted", b"deleted", "dtype", b"dtype", "identity", b"identity", "max_rank", b"max_rank", "modules", b"modules", "parameters", b"parameters"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -449,6 +453,134 @@ class RegisterVersionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RegisterVersionResponse: _TypeAlias = RegisterVersionResponse  # noqa: Y015
+
+@_typing.final
+class ValidateVersionRequest(_message.Message):
+    """One message of an upload to check."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___RegisterVersionHeader:
+        """What the upload is; `promote` means nothing here."""
+
+    @_builtins.property
+    def chunk(self) -> Global___FileChunk:
+        """A piece of a file."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___RegisterVersionHeader | None = ...,
+        chunk: Global___FileChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ValidateVersionRequest: _TypeAlias = ValidateVersionRequest  # noqa: Y015
+
+@_typing.final
+class Finding(_message.Message):
+    """One thing that is wrong with an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FactsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Stable reason, as `SHAPE_MISMATCH`."""
+    message: _builtins.str
+    """What is wrong, and what to do about it."""
+    @_builtins.property
+    def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Further facts for programs, as the tensor's name."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        facts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
+@_typing.final
+class ValidateVersionResponse(_message.Message):
+    """What RegisterVersion would find."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    MODULES_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    FINDING_COUNT_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Content digest the version would have; empty when a file is missing."""
+    finding_count: _builtins.int
+    """How many findings there are."""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
+        """Everything that is wrong, at most 1000; empty when the upload would be taken."""
+
+    @_builtins.property
+    def modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___BoundModule]:
+        """The linears that are sound and would be bound."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the uploader should know but need not change."""
+
+    def __init__(
+        self,
+        *,
+        findings: _abc.Iterable[Global___Finding] | None = ...,
+        modules: _abc.Iterable[Global___BoundModule] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        digest: _builtins.str = ...,
+        finding_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "finding_count", b"finding_count", "findings", b"findings", "modules", b"modules", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidateVersionResponse: _TypeAlias = ValidateVersionResponse  # noqa: Y015
 
 @_typing.final
 class RegisterFromUriRequest(_message.Message):
@@ -543,6 +675,8 @@ class Adapter(_message.Message):
     LATEST_VERSION_FIELD_NUMBER: _builtins.int
     NUM_VERSIONS_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    ALIAS_TARGETS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Full name, `tenant/name`."""
     latest_version: _builtins.int
@@ -551,9 +685,15 @@ class Adapter(_message.Message):
     """Versions that are not deleted."""
     base_model: _builtins.str
     """Base model of the newest version."""
+    revision: _builtins.int
+    """Counts the adapter's changes: what `expected_revision` is compared with."""
     @_builtins.property
     def aliases(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Alias to version."""
+        """Alias to version; of a weighted alias, the version with the greatest weight."""
+
+    @_builtins.property
+    def alias_targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Alias]:
+        """Every alias with all of its targets, by name."""
 
     def __init__(
         self,
@@ -563,14 +703,44 @@ class Adapter(_message.Message):
         latest_version: _builtins.int = ...,
         num_versions: _builtins.int = ...,
         base_model: _builtins.str = ...,
+        revision: _builtins.int = ...,
+        alias_targets: _abc.Iterable[Global___Alias] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "latest_version", b"latest_version", "name", b"name", "num_versions", b"num_versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias_targets", b"alias_targets", "aliases", b"aliases", "base_model", b"base_model", "latest_version", b"latest_version", "name", b"name", "num_versions", b"num_versions", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class Alias(_message.Message):
+    """What an alias points to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The alias."""
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedVersion]:
+        """One version, or several with their shares, by version."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        targets: _abc.Iterable[Global___WeightedVersion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Alias: _TypeAlias = Alias  # noqa: Y015
 
 @_typing.final
 class GetAdapterRequest(_message.Message):
@@ -855,7 +1025,7 @@ class WeightedVersion(_message.Message):
     version: _builtins.int
     """The version's number."""
     weight: _builtins.int
-    """Its share; the shares of an alias need not sum to anything."""
+    """Its share, 1 or more; the shares of an alias need not sum to anything. 0 is taken as 1 when it is the only one."""
     def __init__(
         self,
         *,
@@ -879,13 +1049,18 @@ class SetAliasRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """`tenant/name` or `name`."""
     alias: _builtins.str
     """`stable` or a free name; `latest` is computed and refused."""
+    expected_revision: _builtins.int
+    """Refused with REVISION_CONFLICT unless the adapter is at this revision."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedVersion]:
-        """One version; several, weighted, are not served yet."""
+        """One version, or up to 16 with weights. A routing key sticks to its version: hash(alias, key) falls into the
+        cumulative weights, so that a move from 90:10 to 80:20 moves a tenth of the keys.
+        """
 
     def __init__(
         self,
@@ -893,12 +1068,15 @@ class SetAliasRequest(_message.Message):
         adapter: _builtins.str = ...,
         alias: _builtins.str = ...,
         targets: _abc.Iterable[Global___WeightedVersion] | None = ...,
+        expected_revision: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "adapter", b"adapter", "alias", b"alias", "expected_revision", b"expected_revision", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
 
 Global___SetAliasRequest: _TypeAlias = SetAliasRequest  # noqa: Y015
 
@@ -934,21 +1112,27 @@ class DeleteAliasRequest(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """`tenant/name` or `name`."""
     alias: _builtins.str
     """The alias."""
+    expected_revision: _builtins.int
+    """Refused with REVISION_CONFLICT unless the adapter is at this revision."""
     def __init__(
         self,
         *,
         adapter: _builtins.str = ...,
         alias: _builtins.str = ...,
+        expected_revision: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "adapter", b"adapter", "alias", b"alias", "expected_revision", b"expected_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
 
 Global___DeleteAliasRequest: _TypeAlias = DeleteAliasRequest  # noqa: Y015
 
@@ -958,16 +1142,131 @@ class DeleteAliasResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter as it is now."""
+
     def __init__(
         self,
+        *,
+        adapter: Global___Adapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteAliasResponse: _TypeAlias = DeleteAliasResponse  # noqa: Y015
+
+@_typing.final
+class GetHistoryRequest(_message.Message):
+    """Asks for a page of changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """`tenant/name` or `name`."""
+    page_size: _builtins.int
+    """Most to answer; 0 means 100, at most 1000."""
+    page_token: _builtins.str
+    """next_page_token of the page before."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHistoryRequest: _TypeAlias = GetHistoryRequest  # noqa: Y015
+
+@_typing.final
+class HistoryEntry(_message.Message):
+    """One change of an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    CHANGED_AT_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the adapter that it made."""
+    actor: _builtins.str
+    """Who asked for it, as they named themselves; empty when not known."""
+    kind: _common_pb2.ChangeKind.ValueType
+    """What changed."""
+    version: _builtins.int
+    """Version it is about; 0 when about none."""
+    alias: _builtins.str
+    """Alias that was moved or deleted; `stable` for a registration that moved it."""
+    @_builtins.property
+    def changed_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was made, by the clock of the store that made it."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedVersion]:
+        """Where the alias points since."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        changed_at: _timestamp_pb2.Timestamp | None = ...,
+        actor: _builtins.str = ...,
+        kind: _common_pb2.ChangeKind.ValueType = ...,
+        version: _builtins.int = ...,
+        alias: _builtins.str = ...,
+        targets: _abc.Iterable[Global___WeightedVersion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "alias", b"alias", "changed_at", b"changed_at", "kind", b"kind", "revision", b"revision", "targets", b"targets", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistoryEntry: _TypeAlias = HistoryEntry  # noqa: Y015
+
+@_typing.final
+class GetHistoryResponse(_message.Message):
+    """A page of changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Asks for the next page; empty at the end."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___HistoryEntry]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___HistoryEntry] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHistoryResponse: _TypeAlias = GetHistoryResponse  # noqa: Y015
 
 @_typing.final
 class DeleteVersionRequest(_message.Message):
@@ -1092,19 +1391,31 @@ class CollectGarbageResponse(_message.Message):
 
     BLOBS_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     blobs: _builtins.int
-    """Blobs removed."""
+    """Blobs removed; with dry_run, those that would be, as in the other fields."""
     bytes: _builtins.int
     """Bytes freed."""
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Versions given up, as `tenant/name@3`."""
+
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of the blobs removed, at most 1000 of them."""
+
     def __init__(
         self,
         *,
         blobs: _builtins.int = ...,
         bytes: _builtins.int = ...,
+        versions: _abc.Iterable[_builtins.str] | None = ...,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "bytes", b"bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "bytes", b"bytes", "digests", b"digests", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1135,21 +1446,29 @@ class VerifyIntegrityResponse(_message.Message):
 
     BLOBS_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
     blobs: _builtins.int
     """Blobs read."""
+    bytes: _builtins.int
+    """Bytes read."""
+    entries: _builtins.int
+    """Entries of the log read."""
     @_builtins.property
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Each problem, in words; empty when all is well."""
+        """Each problem, in words, at most 1000; empty when all is well."""
 
     def __init__(
         self,
         *,
         blobs: _builtins.int = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
+        bytes: _builtins.int = ...,
+        entries: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "problems", b"problems"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "bytes", b"bytes", "entries", b"entries", "problems", b"problems"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

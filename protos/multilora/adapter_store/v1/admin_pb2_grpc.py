@@ -27,6 +27,7 @@ if _version_not_supported:
 
 class AdapterAdminServiceStub:
     """Registers base models and adapters, and moves what names mean.
+    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
     """
 
     def __init__(self, channel):
@@ -55,6 +56,11 @@ class AdapterAdminServiceStub:
                 request_serializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.RegisterFromUriRequest.SerializeToString,
                 response_deserializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.RegisterFromUriResponse.FromString,
                 _registered_method=True)
+        self.ValidateVersion = channel.stream_unary(
+                '/multilora.adapter_store.v1.AdapterAdminService/ValidateVersion',
+                request_serializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.ValidateVersionRequest.SerializeToString,
+                response_deserializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.ValidateVersionResponse.FromString,
+                _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/multilora.adapter_store.v1.AdapterAdminService/GetAdapter',
                 request_serializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.GetAdapterRequest.SerializeToString,
@@ -79,6 +85,11 @@ class AdapterAdminServiceStub:
                 '/multilora.adapter_store.v1.AdapterAdminService/DownloadVersion',
                 request_serializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.DownloadVersionRequest.SerializeToString,
                 response_deserializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.DownloadVersionResponse.FromString,
+                _registered_method=True)
+        self.GetHistory = channel.unary_unary(
+                '/multilora.adapter_store.v1.AdapterAdminService/GetHistory',
+                request_serializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.GetHistoryRequest.SerializeToString,
+                response_deserializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.GetHistoryResponse.FromString,
                 _registered_method=True)
         self.SetAlias = channel.unary_unary(
                 '/multilora.adapter_store.v1.AdapterAdminService/SetAlias',
@@ -119,10 +130,12 @@ class AdapterAdminServiceStub:
 
 class AdapterAdminServiceServicer:
     """Registers base models and adapters, and moves what names mean.
+    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
     """
 
     def RegisterBaseModel(self, request, context):
-        """Registers a base model's profile, against which uploads are checked. The same profile again changes nothing.
+        """Registers a base model's profile, against which uploads are checked. The same profile again changes nothing; a
+        higher max_lora_rank and more accepted_names are taken, and any other difference is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,6 +157,13 @@ class AdapterAdminServiceServicer:
 
     def RegisterFromUri(self, request, context):
         """The same from a place the store can read: `file://` beneath its configured roots.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ValidateVersion(self, request_iterator, context):
+        """Checks an upload as RegisterVersion would, and answers with every finding as data. Nothing is kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,49 +198,57 @@ class AdapterAdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DownloadVersion(self, request, context):
-        """Streams a version's original file, byte for byte. Not served yet.
+        """Streams a version's original file, byte for byte.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetHistory(self, request, context):
+        """Lists an adapter's changes, newest first: who changed what, and when.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Points an alias at a version.
+        """Points an alias at a version, or at several by weight.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAlias(self, request, context):
-        """Removes an alias. Not served yet.
+        """Removes an alias. `stable` goes only when no version lives but those it points to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteVersion(self, request, context):
-        """Deletes a version that no alias points to. Its number is never used again.
+        """Deletes a version that no alias points to. Its number is never used again; until it is collected, after the
+        store's grace period, it can be brought back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UndeleteVersion(self, request, context):
-        """Brings a deleted version back before it is collected. Not served yet.
+        """Brings a deleted version back before it is collected.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CollectGarbage(self, request, context):
-        """Removes bytes that no version needs. Not served yet.
+        """Gives up versions whose grace period is over, and removes bytes that no version needs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def VerifyIntegrity(self, request, context):
-        """Reads everything again and compares digests. Not served yet.
+        """Reads every blob that a version needs again, compares digests, and compares the index with the log.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -256,6 +284,11 @@ def add_AdapterAdminServiceServicer_to_server(servicer, server):
                     request_deserializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.RegisterFromUriRequest.FromString,
                     response_serializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.RegisterFromUriResponse.SerializeToString,
             ),
+            'ValidateVersion': grpc.stream_unary_rpc_method_handler(
+                    servicer.ValidateVersion,
+                    request_deserializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.ValidateVersionRequest.FromString,
+                    response_serializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.ValidateVersionResponse.SerializeToString,
+            ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
                     request_deserializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.GetAdapterRequest.FromString,
@@ -280,6 +313,11 @@ def add_AdapterAdminServiceServicer_to_server(servicer, server):
                     servicer.DownloadVersion,
                     request_deserializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.DownloadVersionRequest.FromString,
                     response_serializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.DownloadVersionResponse.SerializeToString,
+            ),
+            'GetHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHistory,
+                    request_deserializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.GetHistoryRequest.FromString,
+                    response_serializer=multilora_dot_adapter__store_dot_v1_dot_admin__pb2.GetHistoryResponse.SerializeToString,
             ),
             'SetAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.SetAlias,
@@ -326,6 +364,7 @@ def add_AdapterAdminServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterAdminService:
     """Registers base models and adapters, and moves what names mean.
+    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
     """
 
     @staticmethod
@@ -426,6 +465,33 @@ class AdapterAdminService:
             '/multilora.adapter_store.v1.AdapterAdminService/RegisterFromUri',
             multilora_dot_adapter__store_dot_v1_dot_admin__pb2.RegisterFromUriRequest.SerializeToString,
             multilora_dot_adapter__store_dot_v1_dot_admin__pb2.RegisterFromUriResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ValidateVersion(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/multilora.adapter_store.v1.AdapterAdminService/ValidateVersion',
+            multilora_dot_adapter__store_dot_v1_dot_admin__pb2.ValidateVersionRequest.SerializeToString,
+            multilora_dot_adapter__store_dot_v1_dot_admin__pb2.ValidateVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -561,6 +627,33 @@ class AdapterAdminService:
             '/multilora.adapter_store.v1.AdapterAdminService/DownloadVersion',
             multilora_dot_adapter__store_dot_v1_dot_admin__pb2.DownloadVersionRequest.SerializeToString,
             multilora_dot_adapter__store_dot_v1_dot_admin__pb2.DownloadVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.adapter_store.v1.AdapterAdminService/GetHistory',
+            multilora_dot_adapter__store_dot_v1_dot_admin__pb2.GetHistoryRequest.SerializeToString,
+            multilora_dot_adapter__store_dot_v1_dot_admin__pb2.GetHistoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,20 +27,26 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterAdminServiceStub:
-    """Registers base models and adapters, and moves what names mean."""
+    """Registers base models and adapters, and moves what names mean.
+    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterAdminServiceAsyncStub: ...
     RegisterBaseModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RegisterBaseModelRequest, _admin_pb2.RegisterBaseModelResponse]
-    """Registers a base model's profile, against which uploads are checked. The same profile again changes nothing."""
+    """Registers a base model's profile, against which uploads are checked. The same profile again changes nothing; a
+    higher max_lora_rank and more accepted_names are taken, and any other difference is refused.
+    """
     ListBaseModels: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListBaseModelsRequest, _admin_pb2.ListBaseModelsResponse]
     """Lists the registered base models."""
     RegisterVersion: _grpc.StreamUnaryMultiCallable[_admin_pb2.RegisterVersionRequest, _admin_pb2.RegisterVersionResponse]
     """Uploads, checks and keeps one version of an adapter. First a header, then the files' bytes, one file after another."""
     RegisterFromUri: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RegisterFromUriRequest, _admin_pb2.RegisterFromUriResponse]
     """The same from a place the store can read: `file://` beneath its configured roots."""
+    ValidateVersion: _grpc.StreamUnaryMultiCallable[_admin_pb2.ValidateVersionRequest, _admin_pb2.ValidateVersionResponse]
+    """Checks an upload as RegisterVersion would, and answers with every finding as data. Nothing is kept."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetAdapterRequest, _admin_pb2.GetAdapterResponse]
     """Describes one adapter."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListAdaptersRequest, _admin_pb2.ListAdaptersResponse]
@@ -50,35 +56,45 @@ class AdapterAdminServiceStub:
     GetVersion: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetVersionRequest, _admin_pb2.GetVersionResponse]
     """Describes one version, its modules too."""
     DownloadVersion: _grpc.UnaryStreamMultiCallable[_admin_pb2.DownloadVersionRequest, _admin_pb2.DownloadVersionResponse]
-    """Streams a version's original file, byte for byte. Not served yet."""
+    """Streams a version's original file, byte for byte."""
+    GetHistory: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetHistoryRequest, _admin_pb2.GetHistoryResponse]
+    """Lists an adapter's changes, newest first: who changed what, and when."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetAliasRequest, _admin_pb2.SetAliasResponse]
-    """Points an alias at a version."""
+    """Points an alias at a version, or at several by weight."""
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DeleteAliasRequest, _admin_pb2.DeleteAliasResponse]
-    """Removes an alias. Not served yet."""
+    """Removes an alias. `stable` goes only when no version lives but those it points to."""
     DeleteVersion: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DeleteVersionRequest, _admin_pb2.DeleteVersionResponse]
-    """Deletes a version that no alias points to. Its number is never used again."""
+    """Deletes a version that no alias points to. Its number is never used again; until it is collected, after the
+    store's grace period, it can be brought back.
+    """
     UndeleteVersion: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UndeleteVersionRequest, _admin_pb2.UndeleteVersionResponse]
-    """Brings a deleted version back before it is collected. Not served yet."""
+    """Brings a deleted version back before it is collected."""
     CollectGarbage: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CollectGarbageRequest, _admin_pb2.CollectGarbageResponse]
-    """Removes bytes that no version needs. Not served yet."""
+    """Gives up versions whose grace period is over, and removes bytes that no version needs."""
     VerifyIntegrity: _grpc.UnaryUnaryMultiCallable[_admin_pb2.VerifyIntegrityRequest, _admin_pb2.VerifyIntegrityResponse]
-    """Reads everything again and compares digests. Not served yet."""
+    """Reads every blob that a version needs again, compares digests, and compares the index with the log."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatsRequest, _admin_pb2.GetStatsResponse]
     """Counts what the store holds."""
 
 @_typing.type_check_only
 class AdapterAdminServiceAsyncStub(AdapterAdminServiceStub):
-    """Registers base models and adapters, and moves what names mean."""
+    """Registers base models and adapters, and moves what names mean.
+    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterBaseModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.RegisterBaseModelRequest, _admin_pb2.RegisterBaseModelResponse]  # type: ignore[assignment]
-    """Registers a base model's profile, against which uploads are checked. The same profile again changes nothing."""
+    """Registers a base model's profile, against which uploads are checked. The same profile again changes nothing; a
+    higher max_lora_rank and more accepted_names are taken, and any other difference is refused.
+    """
     ListBaseModels: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListBaseModelsRequest, _admin_pb2.ListBaseModelsResponse]  # type: ignore[assignment]
     """Lists the registered base models."""
     RegisterVersion: _aio.StreamUnaryMultiCallable[_admin_pb2.RegisterVersionRequest, _admin_pb2.RegisterVersionResponse]  # type: ignore[assignment]
     """Uploads, checks and keeps one version of an adapter. First a header, then the files' bytes, one file after another."""
     RegisterFromUri: _aio.UnaryUnaryMultiCallable[_admin_pb2.RegisterFromUriRequest, _admin_pb2.RegisterFromUriResponse]  # type: ignore[assignment]
     """The same from a place the store can read: `file://` beneath its configured roots."""
+    ValidateVersion: _aio.StreamUnaryMultiCallable[_admin_pb2.ValidateVersionRequest, _admin_pb2.ValidateVersionResponse]  # type: ignore[assignment]
+    """Checks an upload as RegisterVersion would, and answers with every finding as data. Nothing is kept."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetAdapterRequest, _admin_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Describes one adapter."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListAdaptersRequest, _admin_pb2.ListAdaptersResponse]  # type: ignore[assignment]
@@ -88,24 +104,30 @@ class AdapterAdminServiceAsyncStub(AdapterAdminServiceStub):
     GetVersion: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetVersionRequest, _admin_pb2.GetVersionResponse]  # type: ignore[assignment]
     """Describes one version, its modules too."""
     DownloadVersion: _aio.UnaryStreamMultiCallable[_admin_pb2.DownloadVersionRequest, _admin_pb2.DownloadVersionResponse]  # type: ignore[assignment]
-    """Streams a version's original file, byte for byte. Not served yet."""
+    """Streams a version's original file, byte for byte."""
+    GetHistory: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetHistoryRequest, _admin_pb2.GetHistoryResponse]  # type: ignore[assignment]
+    """Lists an adapter's changes, newest first: who changed what, and when."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetAliasRequest, _admin_pb2.SetAliasResponse]  # type: ignore[assignment]
-    """Points an alias at a version."""
+    """Points an alias at a version, or at several by weight."""
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_admin_pb2.DeleteAliasRequest, _admin_pb2.DeleteAliasResponse]  # type: ignore[assignment]
-    """Removes an alias. Not served yet."""
+    """Removes an alias. `stable` goes only when no version lives but those it points to."""
     DeleteVersion: _aio.UnaryUnaryMultiCallable[_admin_pb2.DeleteVersionRequest, _admin_pb2.DeleteVersionResponse]  # type: ignore[assignment]
-    """Deletes a version that no alias points to. Its number is never used again."""
+    """Deletes a version that no alias points to. Its number is never used again; until it is collected, after the
+    store's grace period, it can be brought back.
+    """
     UndeleteVersion: _aio.UnaryUnaryMultiCallable[_admin_pb2.UndeleteVersionRequest, _admin_pb2.UndeleteVersionResponse]  # type: ignore[assignment]
-    """Brings a deleted version back before it is collected. Not served yet."""
+    """Brings a deleted version back before it is collected."""
     CollectGarbage: _aio.UnaryUnaryMultiCallable[_admin_pb2.CollectGarbageRequest, _admin_pb2.CollectGarbageResponse]  # type: ignore[assignment]
-    """Removes bytes that no version needs. Not served yet."""
+    """Gives up versions whose grace period is over, and removes bytes that no version needs."""
     VerifyIntegrity: _aio.UnaryUnaryMultiCallable[_admin_pb2.VerifyIntegrityRequest, _admin_pb2.VerifyIntegrityResponse]  # type: ignore[assignment]
-    """Reads everything again and compares digests. Not served yet."""
+    """Reads every blob that a version needs again, compares digests, and compares the index with the log."""
     GetStats: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatsRequest, _admin_pb2.GetStatsResponse]  # type: ignore[assignment]
     """Counts what the store holds."""
 
 class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Registers base models and adapters, and moves what names mean."""
+    """Registers base models and adapters, and moves what names mean.
+    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
+    """
 
     @_abc_1.abstractmethod
     def RegisterBaseModel(
@@ -113,7 +135,9 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.RegisterBaseModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RegisterBaseModelResponse, _abc.Awaitable[_admin_pb2.RegisterBaseModelResponse]]:
-        """Registers a base model's profile, against which uploads are checked. The same profile again changes nothing."""
+        """Registers a base model's profile, against which uploads are checked. The same profile again changes nothing; a
+        higher max_lora_rank and more accepted_names are taken, and any other difference is refused.
+        """
 
     @_abc_1.abstractmethod
     def ListBaseModels(
@@ -138,6 +162,14 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RegisterFromUriResponse, _abc.Awaitable[_admin_pb2.RegisterFromUriResponse]]:
         """The same from a place the store can read: `file://` beneath its configured roots."""
+
+    @_abc_1.abstractmethod
+    def ValidateVersion(
+        self,
+        request_iterator: _MaybeAsyncIterator[_admin_pb2.ValidateVersionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ValidateVersionResponse, _abc.Awaitable[_admin_pb2.ValidateVersionResponse]]:
+        """Checks an upload as RegisterVersion would, and answers with every finding as data. Nothing is kept."""
 
     @_abc_1.abstractmethod
     def GetAdapter(
@@ -177,7 +209,15 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.DownloadVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.DownloadVersionResponse], _abc.AsyncIterator[_admin_pb2.DownloadVersionResponse]]:
-        """Streams a version's original file, byte for byte. Not served yet."""
+        """Streams a version's original file, byte for byte."""
+
+    @_abc_1.abstractmethod
+    def GetHistory(
+        self,
+        request: _admin_pb2.GetHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetHistoryResponse, _abc.Awaitable[_admin_pb2.GetHistoryResponse]]:
+        """Lists an adapter's changes, newest first: who changed what, and when."""
 
     @_abc_1.abstractmethod
     def SetAlias(
@@ -185,7 +225,7 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.SetAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.SetAliasResponse, _abc.Awaitable[_admin_pb2.SetAliasResponse]]:
-        """Points an alias at a version."""
+        """Points an alias at a version, or at several by weight."""
 
     @_abc_1.abstractmethod
     def DeleteAlias(
@@ -193,7 +233,7 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.DeleteAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DeleteAliasResponse, _abc.Awaitable[_admin_pb2.DeleteAliasResponse]]:
-        """Removes an alias. Not served yet."""
+        """Removes an alias. `stable` goes only when no version lives but those it points to."""
 
     @_abc_1.abstractmethod
     def DeleteVersion(
@@ -201,7 +241,9 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.DeleteVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DeleteVersionResponse, _abc.Awaitable[_admin_pb2.DeleteVersionResponse]]:
-        """Deletes a version that no alias points to. Its number is never used again."""
+        """Deletes a version that no alias points to. Its number is never used again; until it is collected, after the
+        store's grace period, it can be brought back.
+        """
 
     @_abc_1.abstractmethod
     def UndeleteVersion(
@@ -209,7 +251,7 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.UndeleteVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.UndeleteVersionResponse, _abc.Awaitable[_admin_pb2.UndeleteVersionResponse]]:
-        """Brings a deleted version back before it is collected. Not served yet."""
+        """Brings a deleted version back before it is collected."""
 
     @_abc_1.abstractmethod
     def CollectGarbage(
@@ -217,7 +259,7 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.CollectGarbageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.CollectGarbageResponse, _abc.Awaitable[_admin_pb2.CollectGarbageResponse]]:
-        """Removes bytes that no version needs. Not served yet."""
+        """Gives up versions whose grace period is over, and removes bytes that no version needs."""
 
     @_abc_1.abstractmethod
     def VerifyIntegrity(
@@ -225,7 +267,7 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.VerifyIntegrityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.VerifyIntegrityResponse, _abc.Awaitable[_admin_pb2.VerifyIntegrityResponse]]:
-        """Reads everything again and compares digests. Not served yet."""
+        """Reads every blob that a version needs again, compares digests, and compares the index with the log."""
 
     @_abc_1.abstractmethod
     def GetStats(

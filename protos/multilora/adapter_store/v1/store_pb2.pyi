@@ -5,6 +5,7 @@ What replicas ask of the adapter store."""
 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from multilora.common.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -129,21 +130,25 @@ Global___PullAdapterResponse: _TypeAlias = PullAdapterResponse  # noqa: Y015
 
 @_typing.final
 class WatchAdaptersRequest(_message.Message):
-    """Where to watch from."""
+    """Where to watch from: what the last message received said."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     AFTER_REVISION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     after_revision: _builtins.int
     """Revision after which changes are sent."""
+    epoch: _builtins.str
+    """Epoch that the revision belongs to. Empty, or no longer the index's: the stream begins with a reset."""
     def __init__(
         self,
         *,
         after_revision: _builtins.int = ...,
+        epoch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_revision", b"after_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_revision", b"after_revision", "epoch", b"epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -151,29 +156,65 @@ Global___WatchAdaptersRequest: _TypeAlias = WatchAdaptersRequest  # noqa: Y015
 
 @_typing.final
 class WatchAdaptersResponse(_message.Message):
-    """One change."""
+    """One change, a reset, or a heartbeat. Revision and epoch are always set, and are where to go on after a break."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    CHANGED_AT_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Revision of the change."""
+    """Revision of the change; with a reset or a heartbeat, the index's own."""
     epoch: _builtins.str
-    """Epoch of the index; a new one means: list again."""
+    """Epoch of the index."""
     adapter: _builtins.str
-    """Full name of the adapter that changed."""
+    """Full name of the adapter that changed; empty for a base model, a reset and a heartbeat."""
+    reset: _builtins.bool
+    """List again, then go on from here: changes up to `revision` may not have been sent. The stream goes on after it.
+    Sent first to a client that is too far behind or of another epoch, and later when the index was replaced.
+    """
+    heartbeat: _builtins.bool
+    """Nothing changed, the stream lives. Sent every few seconds."""
+    kind: _common_pb2.ChangeKind.ValueType
+    """What changed."""
+    version: _builtins.int
+    """Version it is about; 0 when about none."""
+    alias: _builtins.str
+    """Alias it is about; empty when about none. A registration that moved `stable` says so here."""
+    base_model: _builtins.str
+    """Base model that changed; empty for all other kinds."""
+    actor: _builtins.str
+    """Who asked for it, as they named themselves; empty when not known."""
+    @_builtins.property
+    def changed_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was changed."""
+
     def __init__(
         self,
         *,
         revision: _builtins.int = ...,
         epoch: _builtins.str = ...,
         adapter: _builtins.str = ...,
+        reset: _builtins.bool = ...,
+        heartbeat: _builtins.bool = ...,
+        kind: _common_pb2.ChangeKind.ValueType = ...,
+        version: _builtins.int = ...,
+        alias: _builtins.str = ...,
+        base_model: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        changed_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "epoch", b"epoch", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "adapter", b"adapter", "alias", b"alias", "base_model", b"base_model", "changed_at", b"changed_at", "epoch", b"epoch", "heartbeat", b"heartbeat", "kind", b"kind", "reset", b"reset", "revision", b"revision", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

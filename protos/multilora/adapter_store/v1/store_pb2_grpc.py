@@ -71,7 +71,7 @@ class AdapterStoreServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """Streams every change of names and versions, in order. Not served yet.
+        """Streams every change of names and versions, in order, from a revision on; ends only with the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

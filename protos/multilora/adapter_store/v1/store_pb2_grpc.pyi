@@ -38,7 +38,7 @@ class AdapterStoreServiceStub:
     PullAdapter: _grpc.UnaryStreamMultiCallable[_store_pb2.PullAdapterRequest, _store_pb2.PullAdapterResponse]
     """Streams a version's packed bytes, from an offset on."""
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_store_pb2.WatchAdaptersRequest, _store_pb2.WatchAdaptersResponse]
-    """Streams every change of names and versions, in order. Not served yet."""
+    """Streams every change of names and versions, in order, from a revision on; ends only with the call."""
 
 @_typing.type_check_only
 class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
@@ -50,7 +50,7 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     PullAdapter: _aio.UnaryStreamMultiCallable[_store_pb2.PullAdapterRequest, _store_pb2.PullAdapterResponse]  # type: ignore[assignment]
     """Streams a version's packed bytes, from an offset on."""
     WatchAdapters: _aio.UnaryStreamMultiCallable[_store_pb2.WatchAdaptersRequest, _store_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
-    """Streams every change of names and versions, in order. Not served yet."""
+    """Streams every change of names and versions, in order, from a revision on; ends only with the call."""
 
 class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
     """Resolves names and serves packed adapters."""
@@ -77,6 +77,6 @@ class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_store_pb2.WatchAdaptersResponse]]:
-        """Streams every change of names and versions, in order. Not served yet."""
+        """Streams every change of names and versions, in order, from a revision on; ends only with the call."""
 
 def add_AdapterStoreServiceServicer_to_server(servicer: AdapterStoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n multilora/common/v1/common.proto\x12\x13multilora.common.v1\"\x7f\n\x0f\x41\x64\x61pterIdentity\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x13\n\x0bpack_digest\x18\x04 \x01(\t\x12\x11\n\tpack_size\x18\x05 \x01(\x04\x12\x12\n\nbase_model\x18\x06 \x01(\t*W\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_STORE\x10\x01\x12\r\n\tTIER_DISK\x10\x02\x12\x0c\n\x08TIER_CPU\x10\x03\x12\x0c\n\x08TIER_GPU\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n multilora/common/v1/common.proto\x12\x13multilora.common.v1\"\x7f\n\x0f\x41\x64\x61pterIdentity\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x13\n\x0bpack_digest\x18\x04 \x01(\t\x12\x11\n\tpack_size\x18\x05 \x01(\x04\x12\x12\n\nbase_model\x18\x06 \x01(\t*W\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0e\n\nTIER_STORE\x10\x01\x12\r\n\tTIER_DISK\x10\x02\x12\x0c\n\x08TIER_CPU\x10\x03\x12\x0c\n\x08TIER_GPU\x10\x04*\xfb\x01\n\nChangeKind\x12\x1b\n\x17\x43HANGE_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HANGE_KIND_VERSION\x10\x01\x12\x15\n\x11\x43HANGE_KIND_ALIAS\x10\x02\x12\x1d\n\x19\x43HANGE_KIND_ALIAS_DELETED\x10\x03\x12\x1f\n\x1b\x43HANGE_KIND_VERSION_DELETED\x10\x04\x12!\n\x1d\x43HANGE_KIND_VERSION_UNDELETED\x10\x05\x12!\n\x1d\x43HANGE_KIND_VERSION_COLLECTED\x10\x06\x12\x1a\n\x16\x43HANGE_KIND_BASE_MODEL\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TIER']._serialized_start=186
   _globals['_TIER']._serialized_end=273
+  _globals['_CHANGEKIND']._serialized_start=276
+  _globals['_CHANGEKIND']._serialized_end=527
   _globals['_ADAPTERIDENTITY']._serialized_start=57
   _globals['_ADAPTERIDENTITY']._serialized_end=184
 # @@protoc_insertion_point(module_scope)

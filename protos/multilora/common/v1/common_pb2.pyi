@@ -49,6 +49,50 @@ TIER_GPU: Tier.ValueType  # 4
 """In the slot pool, ready to run."""
 Global___Tier: _TypeAlias = Tier  # noqa: Y015
 
+class _ChangeKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHANGE_KIND_UNSPECIFIED: _ChangeKind.ValueType  # 0
+    """A kind that this client does not know: read the adapter again."""
+    CHANGE_KIND_VERSION: _ChangeKind.ValueType  # 1
+    """A version was registered; it may have moved `stable` in the same step."""
+    CHANGE_KIND_ALIAS: _ChangeKind.ValueType  # 2
+    """An alias was made or moved."""
+    CHANGE_KIND_ALIAS_DELETED: _ChangeKind.ValueType  # 3
+    """An alias was deleted."""
+    CHANGE_KIND_VERSION_DELETED: _ChangeKind.ValueType  # 4
+    """A version was deleted; it can be brought back for a while."""
+    CHANGE_KIND_VERSION_UNDELETED: _ChangeKind.ValueType  # 5
+    """A deleted version was brought back."""
+    CHANGE_KIND_VERSION_COLLECTED: _ChangeKind.ValueType  # 6
+    """A deleted version's bytes were given up for good."""
+    CHANGE_KIND_BASE_MODEL: _ChangeKind.ValueType  # 7
+    """A base model was registered, or its profile widened."""
+
+class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
+    """What changed in the adapter store."""
+
+CHANGE_KIND_UNSPECIFIED: ChangeKind.ValueType  # 0
+"""A kind that this client does not know: read the adapter again."""
+CHANGE_KIND_VERSION: ChangeKind.ValueType  # 1
+"""A version was registered; it may have moved `stable` in the same step."""
+CHANGE_KIND_ALIAS: ChangeKind.ValueType  # 2
+"""An alias was made or moved."""
+CHANGE_KIND_ALIAS_DELETED: ChangeKind.ValueType  # 3
+"""An alias was deleted."""
+CHANGE_KIND_VERSION_DELETED: ChangeKind.ValueType  # 4
+"""A version was deleted; it can be brought back for a while."""
+CHANGE_KIND_VERSION_UNDELETED: ChangeKind.ValueType  # 5
+"""A deleted version was brought back."""
+CHANGE_KIND_VERSION_COLLECTED: ChangeKind.ValueType  # 6
+"""A deleted version's bytes were given up for good."""
+CHANGE_KIND_BASE_MODEL: ChangeKind.ValueType  # 7
+"""A base model was registered, or its profile widened."""
+Global___ChangeKind: _TypeAlias = ChangeKind  # noqa: Y015
+
 @_typing.final
 class AdapterIdentity(_message.Message):
     """One immutable version of one adapter, by name and by content."""

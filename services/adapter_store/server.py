@@ -1,0 +1,47 @@
+"""The store's two services on one port: what `multilora-adapter-store` and the tests run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
+from services.adapter_store.admin_servicer import AdapterAdminServicer
+from services.adapter_store.feed import HEARTBEAT_SECONDS, Feed
+from services.adapter_store.servicer import AdapterStoreServicer
+from services.adapter_store.store import AdapterStore
+from services.common.rpc import GrpcServer
+
+# Validation and packing keep a core busy each; more at once would only take cores from resolves and pulls.
+WORKER_THREADS = 2
+
+
+def make_server() -> GrpcServer:
+    """A server to bind; nothing is served before `serving`."""
+    return GrpcServer(
+        [
+            store_pb2.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name,
+            admin_pb2.DESCRIPTOR.services_by_name["AdapterAdminService"].full_name,
+        ]
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    server: GrpcServer, store: AdapterStore, *, stop_grace: float, heartbeat: float = HEARTBEAT_SECONDS
+) -> AsyncIterator[None]:
+    """Serve within the context. Leaving it ends watches at once, and gives other calls `stop_grace` seconds."""
+    with ThreadPoolExecutor(WORKER_THREADS, "worker") as workers:
+        async with Feed(store.journal, store.journal.index, heartbeat=heartbeat) as feed:
+            store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(AdapterStoreServicer(store, feed), server.server)
+            admin_pb2_grpc.add_AdapterAdminServiceServicer_to_server(
+                AdapterAdminServicer(store, workers), server.server
+            )
+            await server.start()
+            await server.set_serving(True)
+            try:
+                yield
+            finally:
+                feed.close()
+                await server.stop(stop_grace)

@@ -1,0 +1,113 @@
+"""A check of everything: every blob that a version needs is read and hashed again, and the index compared with the log.
+
+Memory holds a digest for each blob and one chunk. Blobs that no version needs are no problem: a collection takes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from services.adapter_store.blobs.interface import Blobs
+from services.adapter_store.collection import digests_of
+from services.adapter_store.index.interface import Index
+from services.adapter_store.journal import Journal
+from services.adapter_store.log.entry import Entry, VersionAdded
+from services.adapter_store.log.fold import AdapterState
+from services.adapter_store.log.interface import StreamInfo
+from services.adapter_store.records import VersionContent
+from services.adapter_store.streams import adapter_of, base_model_stream, index_write
+from services.common.errors import DataLoss, NotFound
+
+MAX_LISTED = 1000
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class Verified:
+    """What was read, and what is wrong. problems: the first MAX_LISTED, and how many more there are."""
+
+    blobs: int = 0
+    bytes: int = 0
+    entries: int = 0
+    problem_count: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, problem: str) -> None:
+        self.problem_count += 1
+        if len(self.problems) < MAX_LISTED:
+            self.problems.append(problem)
+
+
+def verify(blobs: Blobs, journal: Journal, index: Index) -> Verified:
+    """Read everything. Nothing is changed; what is registered meanwhile may or may not be looked at."""
+    found, seen, streams = Verified(), set[str](), set[str]()
+    for info in journal.entries.streams():
+        streams.add(info.stream)
+        try:
+            contents = _check_stream(info, journal, index, found)
+        except DataLoss as error:
+            found.add(error.message)
+            continue
+        for number, content in contents.items():
+            for digest in digests_of(content):
+                if digest not in seen:
+                    seen.add(digest)
+                    _check_blob(blobs, digest, f"{adapter_of(info.stream)}@{number}", found)
+    for stream, seq in index.seqs():
+        if stream not in streams and journal.entries.read(stream, seq) is None:
+            found.add(f"the index has {stream}, of which the log has nothing")
+    return found
+
+
+def _check_stream(info: StreamInfo, journal: Journal, index: Index, found: Verified) -> dict[int, VersionContent]:
+    """Compare a stream with the index: the contents of its versions that are not collected."""
+    contents, last = dict[int, VersionContent](), None
+    for seq, entry, state in journal.replay(info):
+        found.entries += 1
+        if isinstance(entry.body, VersionAdded):
+            contents[entry.body.number] = entry.body.content
+            _check_documents(info.stream, seq, entry, state, index, found)
+        last = index_write(info.stream, seq, entry, state)
+    assert last is not None
+    stored = index.get(info.stream)
+    if stored is None or stored.seq < last.seq:
+        stored = index.get(info.stream)  # an entry that was being applied is there by now
+    if stored is None or stored.seq < last.seq:
+        at = 0 if stored is None else stored.seq
+        found.add(f"the index has {info.stream} to entry {at}, the log to {last.seq}; restart the store, or reindex")
+    elif stored.seq == last.seq and json.loads(stored.state) != json.loads(last.state):
+        found.add(f"the index says something else of {info.stream} than its log; reindex")
+    if not isinstance(state, AdapterState):
+        return {}
+    if index.get(base_model_stream(adapter_of(info.stream).name)) is not None:
+        found.add(f"{adapter_of(info.stream)} has a base model's name, and a request for it means that model")
+    return {number: content for number, content in contents.items() if not state.versions[number - 1].collected}
+
+
+def _check_documents(stream: str, seq: int, entry: Entry, state: object, index: Index, found: Verified) -> None:
+    assert isinstance(state, AdapterState)
+    wanted = index_write(stream, seq, entry, state).documents
+    there = index.documents(stream, wanted)
+    for key, document in wanted.items():
+        if key in there and json.loads(there[key]) != json.loads(document):
+            found.add(f"the index says something else of {stream} version {key} than its log; reindex")
+
+
+def _check_blob(blobs: Blobs, digest: str, version: str, found: Verified) -> None:
+    try:
+        reader = blobs.open(digest)
+    except NotFound:
+        found.add(f"{version} needs {digest}, which is not there; restore it")
+        return
+    hashed = hashlib.sha256()
+    with reader.closing():
+        offset = 0
+        while data := reader.read(offset, _CHUNK_BYTES):
+            hashed.update(data)
+            offset += len(data)
+    found.blobs += 1
+    found.bytes += offset
+    if f"sha256:{hashed.hexdigest()}" != digest:
+        found.add(f"{version} needs {digest}, whose bytes have changed; restore it, or register the version again")
