@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from services.adapter_store.backends import open_index, open_place
 from services.adapter_store.collection import DELETE_GRACE_SECONDS
-from services.adapter_store.config import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_PORT, StoreConfig
+from services.adapter_store.config import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_PORT, S3_ADDRESSING, StoreConfig
 from services.adapter_store.server import make_server, serving
 from services.adapter_store.store import AdapterStore
 from services.common.errors import InvalidArgument, MultiloraError
@@ -68,7 +68,19 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
         default=DEFAULT_MAX_UPLOAD_BYTES,
         help="largest upload, both files together (default: %(default)s)",
     )
-    parser.add_argument("--blobs", default="", help="where blobs and log are (default: the data directory)")
+    parser.add_argument(
+        "--blobs",
+        default="",
+        help="where blobs and log are: a path or s3://bucket/prefix (default: the data directory)",
+    )
+    parser.add_argument("--s3-endpoint-url", default="", help="of an S3 server (default: $AWS_ENDPOINT_URL_S3, or AWS)")
+    parser.add_argument("--s3-region", default="", help="(default: $AWS_REGION); credentials come as for any AWS tool")
+    parser.add_argument(
+        "--s3-addressing",
+        default="auto",
+        choices=sorted(S3_ADDRESSING),
+        help="where the bucket is named: path or host name (default: the host name on AWS, the path elsewhere)",
+    )
     parser.add_argument("--index", default="", help="where the index is (default: index.sqlite3 in the data directory)")
     parser.add_argument(
         "--delete-grace",
@@ -86,6 +98,9 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
         max_upload_bytes=flags.max_upload_bytes,
         blobs=flags.blobs,
         index=flags.index,
+        s3_endpoint_url=flags.s3_endpoint_url,
+        s3_region=flags.s3_region,
+        s3_addressing=flags.s3_addressing,
         delete_grace=flags.delete_grace,
     )
 
@@ -94,7 +109,13 @@ async def serve(config: StoreConfig) -> None:
     """Serve until a signal, then let calls in flight end. Raises MultiloraError when it cannot start."""
     server = make_server()
     port = server.bind(config.address)
-    blobs, entries = open_place(config.blobs_place)
+    blobs, entries = open_place(
+        config.blobs_place,
+        staging=config.data_dir,
+        endpoint_url=config.s3_endpoint_url or None,
+        region=config.s3_region or None,
+        path_style=S3_ADDRESSING[config.s3_addressing],
+    )
     store = AdapterStore(
         blobs,
         entries,

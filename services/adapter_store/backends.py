@@ -13,16 +13,49 @@ from services.adapter_store.index.interface import Index
 from services.adapter_store.index.sqlite import SqliteIndex
 from services.adapter_store.log.disk import DiskLog
 from services.adapter_store.log.interface import AdapterLog
+from services.adapter_store.s3_config import S3Config
 from services.common.errors import InvalidArgument
 
 INDEX_FILE = "index.sqlite3"
 
 
-def open_place(place: str) -> tuple[Blobs, AdapterLog]:
-    """Blobs and log of one place. Raises InvalidArgument for a place of another kind, Unavailable."""
-    _check_scheme(place, "--blobs", "a path")
+def open_place(
+    place: str,
+    *,
+    staging: Path,
+    endpoint_url: str | None = None,
+    region: str | None = None,
+    path_style: bool | None = None,
+) -> tuple[Blobs, AdapterLog]:
+    """Blobs and log of one place; all but the first are for S3 only (see S3Config). staging: where uploads wait.
+
+    Raises InvalidArgument for a place of another kind, Unavailable, FailedPrecondition when S3 refuses.
+    """
+    if place.startswith("s3://"):
+        return _open_s3(S3Config.parse(place, endpoint_url, region, path_style), staging)
+    _check_scheme(place, "--blobs", "a path or s3://bucket/prefix")
     root = Path(place)
     return DiskBlobs(root), DiskLog(root)
+
+
+def _open_s3(config: S3Config, staging: Path) -> tuple[Blobs, AdapterLog]:
+    # these come with S3 only: boto3 takes a third of a second to import
+    from services.adapter_store.blobs.s3 import S3Blobs
+    from services.adapter_store.log.s3 import S3Log
+    from services.adapter_store.s3 import S3Bucket
+
+    try:
+        bucket = S3Bucket(config)
+    except ImportError as error:
+        raise InvalidArgument(
+            "INVALID_FLAG",
+            f"--blobs is {config.uri!r}, which needs boto3: pip install 'multilora[s3]'",
+            field="--blobs",
+        ) from error
+    bucket.check()
+    blobs = S3Blobs(bucket, DiskBlobs(staging))
+    blobs.remove_unfinished()
+    return blobs, S3Log(bucket)
 
 
 def open_index(place: str) -> Index:

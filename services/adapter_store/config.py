@@ -7,9 +7,11 @@ from pathlib import Path
 
 from services.adapter_store.backends import INDEX_FILE
 from services.adapter_store.collection import DELETE_GRACE_SECONDS
+from services.adapter_store.s3_config import S3Config
 from services.common.errors import InvalidArgument
 
 DEFAULT_PORT = 50052
+S3_ADDRESSING = {"auto": None, "path": True, "virtual": False}  # S3Config.path_style
 DEFAULT_MAX_UPLOAD_BYTES = 2 << 30
 
 
@@ -21,7 +23,9 @@ class StoreConfig:
     data_dir: everything the store keeps
     uri_roots: directories that RegisterFromUri may read; none means it may not
     max_upload_bytes: of both files of one upload together
-    blobs, index: places of blobs and log, and of the index; empty: in data_dir
+    blobs, index: places of blobs and log, and of the index; empty: in data_dir, where uploads wait in any case
+    s3_endpoint_url, s3_region: empty: the AWS environment's
+    s3_addressing: of the bucket: in the path, in the host name, or whichever suits the endpoint
     delete_grace: seconds in which a deleted version can be brought back
     Raises InvalidArgument naming the flag.
     """
@@ -33,6 +37,9 @@ class StoreConfig:
     max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES
     blobs: str = ""
     index: str = ""
+    s3_endpoint_url: str = ""
+    s3_region: str = ""
+    s3_addressing: str = "auto"
     delete_grace: float = DELETE_GRACE_SECONDS
 
     def __post_init__(self) -> None:
@@ -52,6 +59,15 @@ class StoreConfig:
 
         if not 0 <= self.delete_grace < float("inf"):
             raise _invalid("--delete-grace", f"is {self.delete_grace}; it must be 0 or more seconds")
+
+        if self.s3_addressing not in S3_ADDRESSING:
+            raise _invalid("--s3-addressing", f"is {self.s3_addressing!r}; it must be {', '.join(S3_ADDRESSING)}")
+        if self.s3_endpoint_url and not self.s3_endpoint_url.startswith(("http://", "https://")):
+            raise _invalid("--s3-endpoint-url", f"is {self.s3_endpoint_url!r}; it must start with http:// or https://")
+        if (self.s3_endpoint_url or self.s3_region) and not self.blobs.startswith("s3://"):
+            raise _invalid("--s3-endpoint-url", "or --s3-region is for --blobs s3://bucket/prefix, which is not given")
+        if self.blobs.startswith("s3://"):
+            S3Config.parse(self.blobs)
 
     @property
     def blobs_place(self) -> str:
