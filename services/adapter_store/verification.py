@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from services.adapter_store.blobs.interface import Blobs
 from services.adapter_store.collection import digests_of
-from services.adapter_store.index.interface import Index
+from services.adapter_store.index.interface import Index, Write
 from services.adapter_store.journal import Journal
-from services.adapter_store.log.entry import Entry, VersionAdded
+from services.adapter_store.log.entry import VersionAdded
 from services.adapter_store.log.fold import AdapterState
 from services.adapter_store.log.interface import StreamInfo
 from services.adapter_store.records import VersionContent
@@ -63,12 +63,14 @@ def verify(blobs: Blobs, journal: Journal, index: Index) -> Verified:
 
 def _check_stream(info: StreamInfo, journal: Journal, index: Index, found: Verified) -> dict[int, VersionContent]:
     """Compare a stream with the index: the contents of its versions that are not collected."""
-    contents, last = dict[int, VersionContent](), None
+    before, contents, last = index.get(info.stream), dict[int, VersionContent](), None
+    covered = 0 if before is None else before.seq
     for seq, entry, state in journal.replay(info):
         found.entries += 1
         if isinstance(entry.body, VersionAdded):
             contents[entry.body.number] = entry.body.content
-            _check_documents(info.stream, seq, entry, state, index, found)
+            if seq <= covered:
+                _check_documents(index_write(info.stream, seq, entry, state), index, found)
         last = index_write(info.stream, seq, entry, state)
     assert last is not None
     stored = index.get(info.stream)
@@ -86,13 +88,11 @@ def _check_stream(info: StreamInfo, journal: Journal, index: Index, found: Verif
     return {number: content for number, content in contents.items() if not state.versions[number - 1].collected}
 
 
-def _check_documents(stream: str, seq: int, entry: Entry, state: object, index: Index, found: Verified) -> None:
-    assert isinstance(state, AdapterState)
-    wanted = index_write(stream, seq, entry, state).documents
-    there = index.documents(stream, wanted)
-    for key, document in wanted.items():
-        if key in there and json.loads(there[key]) != json.loads(document):
-            found.add(f"the index says something else of {stream} version {key} than its log; reindex")
+def _check_documents(write: Write, index: Index, found: Verified) -> None:
+    there = index.documents(write.stream, write.documents)
+    for key, document in write.documents.items():
+        if key not in there or json.loads(there[key]) != json.loads(document):
+            found.add(f"the index says something else of {write.stream} version {key} than its log; reindex")
 
 
 def _check_blob(blobs: Blobs, digest: str, version: str, found: Verified) -> None:

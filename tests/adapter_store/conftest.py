@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -40,11 +41,16 @@ class Client:
         self._store = store_pb2_grpc.AdapterStoreServiceStub(self.channel)
 
     def __call__(self, method: str, request: Any = None, **fields: Any) -> Any:
-        """Call by name: `client("GetAdapter", adapter="x")`, or with a request, or an iterator of them."""
+        """Call by name: `client("GetAdapter", adapter="x")`, or with a request, or an iterator of them.
+
+        The field `actor` goes into the metadata.
+        """
+        actor = fields.pop("actor", "")
         stub, messages = (self._store, store_pb2) if hasattr(self._store, method) else (self._admin, admin_pb2)
         sent = getattr(messages, f"{method}Request")(**fields) if request is None else request
         try:
-            answer = getattr(stub, method)(sent, timeout=TIMEOUT_SECONDS)
+            metadata = [("x-multilora-actor", actor)] if actor else []
+            answer = getattr(stub, method)(sent, timeout=TIMEOUT_SECONDS, metadata=metadata)
             return list(answer) if hasattr(answer, "__next__") else answer
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
@@ -58,8 +64,18 @@ class Client:
         fields.setdefault("max_lora_rank", uploads.MAX_RANK)
         return self("RegisterBaseModel", name=name, **fields)
 
-    def resolve(self, reference: str, base_model: str = "") -> Any:
-        return self("ResolveAdapter", reference=reference, base_model=base_model)
+    def resolve(self, reference: str, base_model: str = "", routing_key: str = "") -> Any:
+        return self("ResolveAdapter", reference=reference, base_model=base_model, routing_key=routing_key)
+
+    @contextlib.contextmanager
+    def watch(self, after_revision: int = 0, epoch: str = "") -> Iterator[Iterator[store_pb2.WatchAdaptersResponse]]:
+        """What WatchAdapters sends, until the context ends."""
+        request = store_pb2.WatchAdaptersRequest(after_revision=after_revision, epoch=epoch)
+        call = self._store.WatchAdapters(request, timeout=TIMEOUT_SECONDS)
+        try:
+            yield iter(call)
+        finally:
+            call.cancel()
 
     def pull(self, digest: str, offset: int = 0) -> bytes:
         return b"".join(part.data for part in self("PullAdapter", digest=digest, offset=offset))
