@@ -67,5 +67,5 @@ def open_index(place: str) -> Index:
 
 
 def _check_scheme(place: str, flag: str, known: str) -> None:
-    if not place or "://" in place:
+    if not place or ":" in place.split("/")[0]:
         raise InvalidArgument("INVALID_FLAG", f"{flag} is {place!r}, which is not known; give {known}", field=flag)

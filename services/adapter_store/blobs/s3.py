@@ -67,6 +67,7 @@ class S3Blobs:
     def close(self) -> None:
         self._uploads.close()
         self.ranges.close()
+        self._removals.close()
         self._staging.close()
         self._bucket.close()
 
