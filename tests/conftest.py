@@ -9,10 +9,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# Before torch loads OpenMP: threads that spin between steps take the cores from the servers under test.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import grpc
 import pytest
@@ -185,12 +188,3 @@ def store(tmp_path: Path) -> Iterator[StoreProcess]:
     """A store of the test's own."""
     with run_store(tmp_path / "store") as process:
         yield process
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    """Threads of torch beyond the cores only spin."""
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
-
-
-Servers = Callable[..., InferenceServer]
