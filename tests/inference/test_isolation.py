@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,13 @@ def test_a_bad_adapter_fails_alone_in_a_shared_batch(
     """With one slot the bad one shares its steps with the base alone, and the good ones get its slot after it."""
     beside = {1: ["base-9", "base-70"], 2: ["base-9", "thin-23"], 8: list(cases)}[max_loras]
     with serving(tiny_model, store, tmp_path, max_loras=max_loras) as server:
+        fails(server, bad=bad)  # and so is in host memory: the next one joins the step after the one it came in
         sent = [message(cases[name], request_id=name) for name in beside]
-        with Stream.running(server.address, sent) as streams:
-            fails(server, "bad", bad=bad)
+        with Stream.running(server.address, sent) as streams, ThreadPoolExecutor(1) as pool:
+            with server.held():
+                failed = pool.submit(fails, server, "bad", bad=bad)
+                server.wait_in_flight("bad")
+            failed.result()
             for name, stream in zip(beside, streams, strict=True):
                 assert_same_tokens(stream.rest(), cases[name].expected, name)
         shared = [step for step in server.steps if "bad" in step.request_ids]
