@@ -15,8 +15,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 	$(if $(MODEL),--model $(MODEL))
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Threads of torch beyond the cores only spin.
-RUN_TESTS = OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest
+RUN_TESTS = $(BIN)/python -m pytest
 
 .PHONY: help setup demo serve test test-fast lint protos clean
 .DEFAULT_GOAL := help

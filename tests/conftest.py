@@ -9,10 +9,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# Before torch loads OpenMP: threads that spin between steps take the cores from the servers under test.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import grpc
 import pytest
@@ -91,6 +94,24 @@ class InferenceServer:
     http: str
     serving: Any
     steps: list[StepRecord] = field(default_factory=list)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The engine stands still at its next step; what is sent meanwhile is all there when it goes on."""
+        self.go_on.clear()
+        try:
+            yield
+        finally:
+            self.go_on.set()
+
+    def wait_in_flight(self, *request_ids: str) -> None:
+        """Return once the engine has been sent these requests."""
+        for _ in range(30_000):
+            if all(self.serving.engine.in_flight(request_id) for request_id in request_ids):
+                return
+            self.go_on.wait(0.001)
+        raise AssertionError(f"some of {request_ids} did not arrive")
 
     def call(self, coroutine: Any) -> Any:
         """Run a coroutine on the server's own loop and return what it returns."""
@@ -108,8 +129,11 @@ def run_inference(config: Any, *, sampler: Any = None, check_integrity: bool = T
     ready, stop = threading.Event(), threading.Event()
     box: dict[str, Any] = {}
     steps: list[StepRecord] = []
+    go_on = threading.Event()
+    go_on.set()
 
     def record(step: Any) -> None:
+        assert go_on.wait(timeout=60), "the engine was held and never let go"
         steps.append(
             StepRecord(
                 [scheduled.request.request_id for scheduled in step],
@@ -141,9 +165,10 @@ def run_inference(config: Any, *, sampler: Any = None, check_integrity: bool = T
             raise box["error"]
         running = box["running"]
         yield InferenceServer(
-            f"127.0.0.1:{running.port}", f"http://127.0.0.1:{running.http_port}", running.serving, steps
+            f"127.0.0.1:{running.port}", f"http://127.0.0.1:{running.http_port}", running.serving, steps, go_on
         )
     finally:
+        go_on.set()
         stop.set()
         runner.join(timeout=60)
     assert not runner.is_alive(), "the inference service did not stop"
@@ -186,12 +211,3 @@ def store(tmp_path: Path) -> Iterator[StoreProcess]:
     """A store of the test's own."""
     with run_store(tmp_path / "store") as process:
         yield process
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    """Threads of torch beyond the cores only spin."""
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
-
-
-Servers = Callable[..., InferenceServer]

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ async def _serve(config: ServerConfig) -> None:
 def main() -> None:
     """Serve until SIGTERM or SIGINT. Exits with 2 and one line when the settings cannot work."""
     arguments = _parser().parse_args()
+    # Before torch loads OpenMP: its threads spin between steps by default, on the cores that the face and the store
+    # need. Asleep instead, throughput was the same within 3 % alone, and tests beside other work took 6 s, not 34.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio.run(_serve(_config(arguments)))

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 
 from services.common.errors import Internal, MultiloraError, Unavailable
@@ -36,7 +37,7 @@ class AsyncEngine:
         self._engine = engine
         self.loop = asyncio.get_running_loop()
         self._streams: dict[str, Stream] = {}
-        self._aborted: dict[str, asyncio.Event] = {}
+        self._last_words_due: Counter[str] = Counter()
         self._replies: dict[int, asyncio.Future[EngineStats]] = {}
         self._reply_ids = itertools.count()
         self._death: EngineDied | None = None
@@ -61,12 +62,9 @@ class AsyncEngine:
             raise Unavailable("SHUTTING_DOWN", "this replica is shutting down; ask another")
         stream: Stream = asyncio.Queue()
         self._streams[add.request_id] = stream
-        sent = done = False
+        self._send(add)
+        done = False
         try:
-            if (aborted := self._aborted.get(add.request_id)) is not None:
-                await aborted.wait()  # or the last words about an earlier request of this id would end this one
-            self._send(add)
-            sent = True
             while not done:
                 output = await stream.get()
                 if isinstance(output, EngineDied):
@@ -77,7 +75,7 @@ class AsyncEngine:
                 yield output
         finally:
             del self._streams[add.request_id]
-            if sent and not done:
+            if not done:
                 self._abort(add.request_id, stream)
 
     async def stats(self) -> EngineStats:
@@ -114,11 +112,11 @@ class AsyncEngine:
             raise Internal("ENGINE_DIED", f"the engine has died and this replica must restart: {self._death.error}")
 
     def _abort(self, request_id: str, stream: Stream) -> None:
-        """Stop a request. Its id stays taken until the engine's last word about it, unless that is in `stream` now."""
+        """Stop a request. What the engine still says about it, up to its last word, is not about the id's next one."""
         self._send(AbortRequest(request_id))
         unread = [stream.get_nowait() for _ in range(stream.qsize())]
         if not any(map(_is_last, unread)):
-            self._aborted[request_id] = asyncio.Event()
+            self._last_words_due[request_id] += 1
 
     def _fail_replies(self, error: MultiloraError) -> None:
         for reply in self._replies.values():
@@ -145,11 +143,9 @@ class AsyncEngine:
                 for stream in self._streams.values():
                     stream.put_nowait(output)
                 self._fail_replies(Internal("ENGINE_DIED", output.error))
-                for aborted in self._aborted.values():
-                    aborted.set()
-            elif output.request_id in self._aborted:
+            elif output.request_id in self._last_words_due:
                 if _is_last(output):
-                    self._aborted.pop(output.request_id).set()
+                    self._last_words_due -= Counter([output.request_id])
             elif output.request_id in self._streams:
                 self._streams[output.request_id].put_nowait(output)
 

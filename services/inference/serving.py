@@ -142,6 +142,8 @@ class Serving:
                 times = output.times or times
                 stop_token_id = output.finished.stop_token_id if output.finished is not None else None
                 text, used = detokenizer.push(output.token_ids, stop_token_id)
+                if output.finished is not None:
+                    text += detokenizer.flush()
                 pending.add(text, output.token_ids[:used], self._logprobs(output, used))
                 finished = RequestFinished("STOP") if detokenizer.stop_match else output.finished
                 if finished is None:
@@ -150,7 +152,6 @@ class Serving:
                     continue
                 if finished.error is not None:
                     raise _as_typed(finished.error)
-                pending.add(detokenizer.flush(), (), ())
                 if not pending.empty:
                     yield pending.take()
                 yield self._finished(add, detokenizer, finished, cached_tokens, times, time.monotonic() - arrival)

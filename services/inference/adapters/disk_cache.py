@@ -34,6 +34,7 @@ class DiskCache:
             stale.unlink()
         files = sorted(root.iterdir(), key=lambda file: file.stat().st_mtime)
         self._sizes = {file.name: file.stat().st_size for file in files}
+        self._make_room()
 
     def __contains__(self, pack_digest: str) -> bool:
         return _name(pack_digest) in self._sizes
@@ -78,7 +79,7 @@ class DiskCache:
         self._make_room(keep=name)
         return data
 
-    def _make_room(self, keep: str) -> None:
+    def _make_room(self, keep: str = "") -> None:
         while True:
             with self._lock:
                 oldest = next((name for name in self._sizes if name != keep), None)

@@ -162,6 +162,10 @@ class AdapterManager:
                 log.info("pulling adapter %s@%d, %d bytes", adapter.name, adapter.version, adapter.pack_size)
                 data = self._disk.write(adapter.pack_digest, self._puller.pull(adapter))
             result = PackedAdapter(data, adapter.digest, self._base)
+        except MultiloraError as error:
+            error.field = error.field or "adapter"
+            error.metadata.setdefault("adapter", f"{adapter.name}@{adapter.version}")
+            result = error
         except Exception as error:
             result = error
         self._fetched.put(_Fetched(adapter, result))

@@ -1,0 +1,253 @@
+"""Decoding goes on while an adapter is on its way, and what is here serves on while the store is away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from multilora.adapter_store.v1 import admin_pb2
+from multilora.common.v1 import common_pb2
+from multilora.inference.v1 import inference_pb2, inference_pb2_grpc
+from services.common.errors import DataLoss, DeadlineExceeded, NotFound, Unavailable
+from services.inference.engine.messages import ResidentAdapter
+from tests.assets.random_adapter import make_random_adapter
+from tests.clients import Answer, collect, failure, generate, request
+from tests.conftest import TINY_BASE, InferenceServer, StoreProcess, inference_config, run_inference, run_store
+from tests.inference.http.pair import eventually
+from tests.inference.store_proxy import StoreProxy, run_proxy
+
+ADAPTERS = ["one", "two", "three", "four"]
+GPU, CPU, DISK, STORE = common_pb2.TIER_GPU, common_pb2.TIER_CPU, common_pb2.TIER_DISK, common_pb2.TIER_STORE
+
+
+def register_all(store: StoreProcess, model: Path, root: Path) -> None:
+    store.register_base(TINY_BASE, (model / "config.json").read_text())
+    for seed, name in enumerate(ADAPTERS):
+        made = make_random_adapter(root / name, model, seed=seed, base_model_name_or_path=TINY_BASE)
+        store.register(name, made, TINY_BASE)
+
+
+@pytest.fixture(scope="module")
+def filled_store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
+    root = tmp_path_factory.mktemp("pull")
+    with run_store(root / "store") as process:
+        register_all(process, tiny_model, root)
+        yield process
+
+
+@pytest.fixture
+def proxy(filled_store: StoreProcess) -> Iterator[StoreProxy]:
+    with run_proxy(filled_store) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def serving(model: Path, address: str, data_dir: Path, **room: Any) -> Iterator[InferenceServer]:
+    config = inference_config(model, data_dir, http_port=None, adapter_store=address, threads=1, **room)
+    with run_inference(config) as server:
+        yield server
+
+
+@pytest.fixture
+def server(tiny_model: Path, proxy: StoreProxy, tmp_path: Path) -> Iterator[InferenceServer]:
+    with serving(tiny_model, proxy.address, tmp_path / "replica") as running:
+        yield running
+
+
+def asked(adapter: str, max_tokens: int = 8, **fields: Any) -> inference_pb2.GenerateRequest:
+    return request("The harbour was quiet", adapter=adapter, max_tokens=max_tokens, **fields)
+
+
+@contextlib.contextmanager
+def in_background(server: InferenceServer, *messages: inference_pb2.GenerateRequest) -> Iterator[list[Future[Answer]]]:
+    with ThreadPoolExecutor(len(messages)) as pool:
+        yield [pool.submit(generate, server.address, message) for message in messages]
+
+
+def tier(server: InferenceServer, adapter: str) -> common_pb2.Tier.ValueType:
+    return generate(server.address, asked(adapter)).started.tier
+
+
+def resident(server: InferenceServer, adapter: str) -> ResidentAdapter:
+    (found,) = [known for known in server.stats().adapters if known.adapter.name == f"default/{adapter}"]
+    return found
+
+
+def test_others_decode_while_an_adapter_is_pulled(server: InferenceServer, proxy: StoreProxy) -> None:
+    generate(server.address, asked("one"))
+    with in_background(server, asked("two")) as [waiting], proxy.holding() as begun:
+        begun()
+        before = len(server.steps)
+        for adapter in ("", "one", ""):
+            assert len(generate(server.address, asked(adapter, max_tokens=20)).token_ids) == 20
+        assert len(server.steps) - before == 60, "one step a token, as if nothing were pulled"
+        assert not waiting.done()
+        assert (server.stats().running, server.stats().waiting) == (0, 1)
+        assert (resident(server, "two").tier, resident(server, "two").waiting) == ("STORE", 1)
+        proxy.gate.set()
+        answer = waiting.result(timeout=60)
+    assert len(answer.token_ids) == 8
+    assert answer.started.tier == STORE
+    assert 0 < answer.finished.timings.adapter_load <= answer.finished.timings.queue
+    again = generate(server.address, asked("two"))
+    assert (again.started.tier, again.token_ids) == (GPU, answer.token_ids)
+    assert again.finished.timings.adapter_load == 0
+
+
+def test_one_slow_pull_holds_no_other_pull_up(server: InferenceServer, proxy: StoreProxy) -> None:
+    with in_background(server, asked("one")) as [waiting], proxy.holding() as begun:
+        begun()
+        with proxy.letting_others_pass():
+            assert generate(server.address, asked("two")).started.tier == STORE
+            assert not waiting.done()
+        assert len(waiting.result(timeout=60).token_ids) == 8
+
+
+def test_many_requests_for_one_adapter_are_one_pull(server: InferenceServer, proxy: StoreProxy) -> None:
+    with in_background(server, *[asked("one")] * 6) as waiting, proxy.holding() as begun:
+        begun()
+        eventually(lambda: server.stats().waiting == 6)
+        proxy.gate.set()
+        answers = [future.result(timeout=60) for future in waiting]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 1
+    assert sum(proxy.pulls.values()) == 1
+
+
+def test_a_request_given_up_during_the_pull(server: InferenceServer, proxy: StoreProxy) -> None:
+    with grpc.insecure_channel(server.address) as channel, proxy.holding() as begun:
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(asked("one"))
+        begun()
+        call.cancel()
+        eventually(lambda: server.stats().waiting == 0)
+        with pytest.raises(DeadlineExceeded):
+            generate(server.address, asked("one"), timeout=0.2)
+        eventually(lambda: server.stats().waiting == 0)
+    eventually(lambda: resident(server, "one").tier == "CPU")
+    assert tier(server, "one") == CPU, "the pull was not in vain"
+    assert sum(proxy.pulls.values()) == 1
+
+
+def test_every_tier(tiny_model: Path, proxy: StoreProxy, tmp_path: Path) -> None:
+    with serving(tiny_model, proxy.address, tmp_path, max_loras=1, max_cpu_loras=2) as server:
+        assert [tier(server, "one"), tier(server, "one")] == [STORE, GPU]
+        assert tier(server, "two") == STORE
+        assert tier(server, "one") == CPU, "its slot went to two, its copy stayed"
+        assert tier(server, "three") == STORE
+        assert tier(server, "two") == DISK, "its copy went to make room for three's"
+    with serving(tiny_model, proxy.address, tmp_path) as server:
+        assert [tier(server, name) for name in ADAPTERS] == [DISK, DISK, DISK, STORE]
+        assert [tier(server, name) for name in ADAPTERS] == [GPU] * 4
+    assert max(proxy.pulls.values()) == 1
+
+
+def break_off(_: bytes) -> bytes:
+    raise ConnectionError
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), DataLoss),
+        (lambda data: data[:-1], DataLoss),
+        (lambda data: data + b"\0", DataLoss),
+        (lambda _: b"", DataLoss),
+        (break_off, Unavailable),
+    ],
+    ids=["flipped", "short", "long", "cut", "broken"],
+)
+def test_a_spoilt_pull_fails_its_request_alone(
+    server: InferenceServer, proxy: StoreProxy, spoil: Any, kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    generate(server.address, asked("one"))
+    proxy.spoil = [spoil]
+    with caplog.at_level(logging.CRITICAL):
+        error = failure(server.address, asked("two"))
+    assert type(error) is kind
+    assert resident(server, "two").error
+    assert len(generate(server.address, asked("one")).token_ids) == 8
+    assert len(generate(server.address, asked("")).token_ids) == 8
+    answer = generate(server.address, asked("two"))
+    assert (answer.started.tier, len(answer.token_ids)) == (STORE, 8), "nothing of the spoilt pull was kept"
+    assert not resident(server, "two").error
+
+
+def test_the_store_away_and_back(tiny_model: Path, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(run_store(tmp_path / "store"))
+        register_all(store, tiny_model, tmp_path)
+        replica = serving(tiny_model, store.address, tmp_path / "replica", max_loras=1, max_cpu_loras=1)
+        server = stack.enter_context(replica)
+        answers = {name: generate(server.address, asked(name)).token_ids for name in ("one", "two")}
+        named_only = asked("three", sampling={"temperature": -1})  # resolved, then refused: never pulled
+        failure(server.address, named_only)
+        assert isinstance(failure(server.address, asked("nobody")), NotFound)
+
+        store.process.kill()
+        store.process.wait()
+        resolver = server.serving.resolver
+        resolver._clock = lambda: time.monotonic() + 1000  # nothing remembered is fresh any more
+        assert generate(server.address, asked("two")).started.tier == GPU
+        for name, expected in answers.items():
+            assert generate(server.address, asked(name)).token_ids == expected
+        assert len(generate(server.address, asked("")).token_ids) == 8
+        for name in ("three", "four", "nobody"):
+            error = failure(server.address, asked(name))
+            assert isinstance(error, Unavailable), f"{name}: {error!r}"
+            assert error.retry_after
+
+        port = store.address.rsplit(":", 1)[1]
+        stack.enter_context(run_store(tmp_path / "store", "--port", port))
+
+        def is_back() -> bool:
+            try:
+                return len(generate(server.address, asked("four")).token_ids) == 8
+            except Unavailable:
+                return False
+
+        eventually(is_back)
+        eventually(lambda: len(generate(server.address, asked("three")).token_ids) == 8)
+
+
+def test_an_alias_that_moves_is_followed(tiny_model: Path, tmp_path: Path, filled_store: StoreProcess) -> None:
+    made = [
+        make_random_adapter(tmp_path / f"v{seed}", tiny_model, seed=seed, base_model_name_or_path=TINY_BASE)
+        for seed in (50, 51)
+    ]
+    for directory in made:
+        filled_store.register("moving", directory, TINY_BASE)
+    with serving(tiny_model, filled_store.address, tmp_path / "replica") as server:
+        now = [0.0]
+        server.serving.resolver._clock = lambda: now[0]
+        versions = [generate(server.address, asked(name)).started.version for name in ("moving", "moving@2")]
+        assert versions == [1, 2]
+        stable = admin_pb2.SetAliasRequest(
+            adapter="moving", alias="stable", targets=[admin_pb2.WeightedVersion(version=2, weight=1)]
+        )
+        filled_store.admin().SetAlias(stable)
+        now[0] = 1.9
+        assert generate(server.address, asked("moving")).started.version == 1, "remembered for two seconds"
+        now[0] = 2.1
+        assert generate(server.address, asked("moving")).started.version == 2
+        assert generate(server.address, asked("moving@1")).started.version == 1
+
+
+def test_a_request_id_can_be_used_again_at_once(server: InferenceServer) -> None:
+    """The engine's last words about the first request must not end, or speak in, the second."""
+    whole = generate(server.address, asked("", max_tokens=200))
+    other = generate(server.address, asked("one", max_tokens=5)).token_ids
+    with grpc.insecure_channel(server.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        for _ in range(15):
+            stop = asked("", max_tokens=200, request_id="same", stopping={"stop": [whole.text[4:6]]})
+            assert collect(stub.Generate(stop))[-1].finished.reason == inference_pb2.FINISH_REASON_STOP
+            second = collect(stub.Generate(asked("one", max_tokens=5, request_id="same")))
+            assert [token for event in second for token in event.chunk.token_ids] == other
+    eventually(lambda: server.stats().running == 0)
