@@ -13,6 +13,7 @@ import pytest
 
 from services.adapter_store.blobs.disk import DiskBlobs
 from services.adapter_store.blobs.s3 import S3Blobs
+from services.adapter_store.blobs.s3_ranges import BUFFERS
 from services.adapter_store.blobs.s3_removal import S3Removals
 from services.adapter_store.log.s3 import S3Log
 from services.adapter_store.s3 import S3Bucket
@@ -163,7 +164,7 @@ def test_64_readers_share_a_bounded_number_of_buffers(blobs: S3Blobs) -> None:
 
     with ThreadPoolExecutor(64) as threads:
         assert all(threads.map(read, range(64)))
-    assert 0 < pool.most_held <= 12
+    assert 0 < pool.most_held <= BUFFERS
     for _ in range(100):
         if pool.held == 0:
             break
@@ -173,14 +174,14 @@ def test_64_readers_share_a_bounded_number_of_buffers(blobs: S3Blobs) -> None:
 
 def test_a_reader_that_finds_no_buffer_goes_on_without(blobs: S3Blobs) -> None:
     digest = commit(blobs, LARGE)
-    hogs = [blobs.open(digest) for _ in range(14)]
+    hogs = [blobs.open(digest) for _ in range(BUFFERS + 2)]
     try:
         for number, hog in enumerate(hogs):  # far apart, so that they share nothing
             offset = (number % 13) * MIB
             assert hog.read(offset, 10) == LARGE[offset : offset + 10]
-        assert blobs.ranges.held == blobs.ranges.most_held == 12
+        assert blobs.ranges.held == blobs.ranges.most_held == BUFFERS
         assert read_all(blobs, digest, length=500_000) == LARGE
-        assert blobs.ranges.most_held == 12
+        assert blobs.ranges.most_held == BUFFERS
     finally:
         for hog in hogs:
             hog.close()

@@ -12,6 +12,7 @@ theirs make others slower, and never make them wait. Memory is buffers × range_
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,15 +23,15 @@ from services.adapter_store.s3_errors import ObjectMissing
 from services.common.errors import Cancelled, DataLoss, NotFound
 
 RANGE_BYTES = 8 << 20
-BUFFERS = 12
+BUFFERS = 8  # 64 MiB: two readers at full speed, or more that share
 AHEAD = 4
 _READ_BYTES = 256 << 10  # what a connection that stalls may lose
 
-Fetch = Callable[[str, int, int], bytearray]
+Fetch = Callable[[str, int, int], mmap.mmap]
 
 
 class _Range:
-    def __init__(self, key: tuple[str, int], future: Future[bytearray]) -> None:
+    def __init__(self, key: tuple[str, int], future: Future[mmap.mmap]) -> None:
         self.key = key
         self.future = future
         self.users = 0
@@ -96,7 +97,7 @@ class RangePool:
                 self._ranges[held.key] = self._ranges.pop(held.key)  # now the most recently used
                 self._drop_unused()
 
-    def _fetched(self, _: Future[bytearray]) -> None:
+    def _fetched(self, _: Future[mmap.mmap]) -> None:
         with self._lock:
             self._drop_unused()  # it may have been for a reader that has left
 
@@ -189,14 +190,14 @@ class S3Reader:
             return self._pool.acquire(self._name, index, self.size)
 
 
-def fetch_range(bucket: S3Bucket, name: str, start: int, stop: int) -> bytearray:
+def fetch_range(bucket: S3Bucket, name: str, start: int, stop: int) -> mmap.mmap:
     """Bytes [start, stop) of an object; a connection that breaks is resumed where it broke.
 
     Raises NotFound, Unavailable, FailedPrecondition as S3Bucket does, DataLoss when the object is shorter.
     """
     from botocore.exceptions import BotoCoreError
 
-    buffer = bytearray(stop - start)
+    buffer = mmap.mmap(-1, stop - start)
     rest = memoryview(buffer)
     why: object = ""
     for attempt in range(bucket.config.attempts):
