@@ -81,7 +81,6 @@ def test_only_the_edges_know_the_protos() -> None:
         ("services/common", "services.inference"),
         ("services/common", "services.adapter_store"),
         ("services/cli", "services.inference"),
-        ("services/cli", "services.adapter_store"),
         ("services/adapter_store", "lora_kernels"),
         ("services/inference/adapters", "services.inference.serving"),
         ("services/inference/model", "multilora"),
@@ -89,6 +88,10 @@ def test_only_the_edges_know_the_protos() -> None:
 )
 def test_never_imported(folder: str, package: str) -> None:
     assert importers(folder, package) == []
+
+
+def test_only_store_commands_open_the_stores_files() -> None:
+    assert importers("services/cli", "services.adapter_store") == ["services/cli/store.py"]
 
 
 def test_only_the_manager_calls_the_owners_of_adapters() -> None:

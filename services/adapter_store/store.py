@@ -43,7 +43,7 @@ class AdapterStore:
         blob_grace: float = BLOB_GRACE_SECONDS,
         clock: Clock = time.time_ns,
     ) -> None:
-        self._blobs = blobs
+        self.blobs = blobs
         self.journal = Journal(entries, index, clock=clock)
         self.catalog = Catalog(index)
         self.changes = Changes(self.journal, index)
@@ -59,7 +59,7 @@ class AdapterStore:
     def close(self) -> None:
         self.journal.index.close()
         self.journal.entries.close()
-        self._blobs.close()
+        self.blobs.close()
 
     def open_pack(self, digest: str, offset: int) -> BlobReader:
         """Packed bytes by their digest. Those of a deleted version stay readable for requests that resolved it before.
@@ -72,7 +72,7 @@ class AdapterStore:
             )
         if not self.catalog.has_pack(digest):
             raise NotFound("PACK_NOT_FOUND", f"no version has pack digest {digest}; resolve the adapter again")
-        reader = self._blobs.open(digest)
+        reader = self.blobs.open(digest)
         if offset > reader.size:
             reader.close()
             raise InvalidArgument(
@@ -90,13 +90,13 @@ class AdapterStore:
         if version.collected:
             raise version_collected(adapter, number)
         content = version.content
-        return self._blobs.open({CONFIG_FILE: content.config_digest, WEIGHTS_FILE: content.weights_digest}[file])
+        return self.blobs.open({CONFIG_FILE: content.config_digest, WEIGHTS_FILE: content.weights_digest}[file])
 
     def history(self, adapter: AdapterName, page_size: int, page_token: str) -> tuple[list[tuple[int, Entry]], str]:
         return history(self.journal.entries, self.journal.index, adapter, page_size, page_token)
 
     def verify(self) -> Verified:
-        return verify(self._blobs, self.journal, self.journal.index)
+        return verify(self.blobs, self.journal, self.journal.index)
 
     def blob_bytes(self) -> int:
-        return self._blobs.total_bytes()
+        return self.blobs.total_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -169,27 +170,8 @@ def show(
 
 
 @app.command()
-def alias(
-    context: typer.Context,
-    name: Name,
-    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="`stable`, or a free name.")],
-    version: Version,
-) -> None:
-    """Point an alias at a version."""
-    from multilora.adapter_store.v1 import admin_pb2
-    from services.cli.clients import store_admin
-
-    where = targets(context)
-    with store_admin(where) as store:
-        target = admin_pb2.WeightedVersion(version=version, weight=1)
-        request = admin_pb2.SetAliasRequest(adapter=name, alias=alias, targets=[target])
-        adapter = store.SetAlias(request, timeout=where.timeout).adapter
-    typer.echo(f"{adapter.name}:{alias} is now {adapter.name}@{adapter.aliases[alias]}")
-
-
-@app.command()
 def delete(context: typer.Context, name: Name, version: Version) -> None:
-    """Delete a version that no alias points to. Its number is never used again."""
+    """Delete a version that no alias points to. `undelete` brings it back, until it is collected."""
     from multilora.adapter_store.v1 import admin_pb2
     from services.cli.clients import store_admin
 
@@ -217,11 +199,19 @@ def _print_registered(
 def _adapter_row(adapter: admin_pb2.Adapter) -> Row:
     return {
         "name": adapter.name,
-        "aliases": dict(sorted(adapter.aliases.items())),
+        "aliases": {alias.name: _shown_targets(alias.targets) for alias in adapter.alias_targets},
         "latest_version": adapter.latest_version,
         "num_versions": adapter.num_versions,
         "base_model": adapter.base_model,
+        "revision": adapter.revision,
     }
+
+
+def _shown_targets(targets: Sequence[admin_pb2.WeightedVersion]) -> int | str:
+    """A version, or `1 (90) 2 (10)`."""
+    if len(targets) == 1:
+        return targets[0].version
+    return " ".join(f"{target.version} ({target.weight})" for target in targets)
 
 
 def _version_row(version: admin_pb2.AdapterVersion) -> Row:
@@ -238,6 +228,7 @@ def _version_row(version: admin_pb2.AdapterVersion) -> Row:
         "dtype": version.dtype,
         "aliases": list(version.aliases),
         "deleted": version.deleted,
+        "collected": version.collected,
     }
 
 

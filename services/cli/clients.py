@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -14,6 +15,8 @@ from multilora.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from services.cli.targets import Targets
 from services.common.errors import DeadlineExceeded, MultiloraError, Unavailable
 from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
+
+Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,35 @@ def inference(targets: Targets) -> Iterator[InferenceClient]:
 def store_admin(targets: Targets) -> Iterator[AdapterAdminServiceStub]:
     """The adapter store's administration."""
     with _channel(targets.store, "adapter store", "--store", targets.timeout) as channel:
-        yield AdapterAdminServiceStub(channel)
+        yield AdapterAdminServiceStub(grpc.intercept_channel(channel, _Actor(targets.actor)))
+
+
+class _Actor(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+):
+    """Names who asks in the metadata of every call."""
+
+    def __init__(self, actor: str) -> None:
+        sendable = bool(actor) and actor.isascii() and actor.isprintable()
+        self._metadata: Metadata = (("x-multilora-actor", actor),) if sendable else ()
+
+    def _call(self, continuation: Callable[..., Any], details: grpc.ClientCallDetails, request: Any) -> Any:
+        return continuation(_Details(details, (*(details.metadata or ()), *self._metadata)), request)
+
+    intercept_unary_unary = _call  # type: ignore[assignment]
+    intercept_unary_stream = _call  # type: ignore[assignment]
+    intercept_stream_unary = _call  # type: ignore[assignment]
+
+
+class _Details(grpc.ClientCallDetails):
+    """A call's details with other metadata."""
+
+    def __init__(self, details: grpc.ClientCallDetails, metadata: Metadata) -> None:
+        self.method, self.timeout, self.credentials = details.method, details.timeout, details.credentials
+        self.wait_for_ready, self.compression = details.wait_for_ready, details.compression
+        self.metadata = metadata
 
 
 @contextlib.contextmanager

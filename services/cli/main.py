@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
-from services.cli import adapters, base_models, generation, status
+from services.cli import adapter_changes, adapter_files, adapters, base_models, generation, status, store
 from services.cli.exit_codes import EXIT_CODES_HELP, exit_code, one_line
 from services.cli.targets import DEFAULT_SERVER, DEFAULT_STORE, DEFAULT_TIMEOUT, Targets
 from services.common.errors import MultiloraError
@@ -19,7 +20,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+for command in (
+    adapter_changes.alias,
+    adapter_changes.unalias,
+    adapter_changes.rollback,
+    adapter_changes.history,
+    adapter_changes.undelete,
+    adapter_files.validate,
+    adapter_files.download,
+):
+    adapters.app.command()(command)
+adapters.app.command("import")(adapter_files.import_)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(store.app, name="store")
 app.add_typer(base_models.app, name="base-models")
 app.command()(generation.generate)
 app.command()(generation.chat)
@@ -32,14 +45,17 @@ def _options(
     server: Annotated[
         str, typer.Option(envvar="MULTILORA_SERVER", help="host:port of the inference service.")
     ] = DEFAULT_SERVER,
-    store: Annotated[
-        str, typer.Option(envvar="MULTILORA_STORE", help="host:port of the adapter store.")
+    address: Annotated[
+        str, typer.Option("--store", envvar="MULTILORA_STORE", help="host:port of the adapter store.")
     ] = DEFAULT_STORE,
+    actor: Annotated[
+        str, typer.Option(envvar="MULTILORA_ACTOR", help="Who asks, for the history of adapters. Default: your login.")
+    ] = "",
     timeout: Annotated[
         float, typer.Option(envvar="MULTILORA_TIMEOUT", min=0.001, help="Seconds a call may take.")
     ] = DEFAULT_TIMEOUT,
 ) -> None:
-    context.obj = Targets(server, store, timeout)
+    context.obj = Targets(server, address, timeout, actor or os.environ.get("USER", ""))
 
 
 def run() -> None:

@@ -16,11 +16,12 @@ UINT64_MAX = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """server, store: host:port; timeout: seconds a call may take"""
+    """server, store: host:port; timeout: seconds a call may take; actor: who asks"""
 
     server: str = DEFAULT_SERVER
     store: str = DEFAULT_STORE
     timeout: float = DEFAULT_TIMEOUT
+    actor: str = ""
 
 
 def targets(context: typer.Context) -> Targets:

@@ -48,6 +48,7 @@ def test_from_upload_to_deletion(cli: Cli, upload: Path, tiny_model: Path, tmp_p
         "latest_version": 2,
         "num_versions": 2,
         "base_model": TINY_BASE,
+        "revision": 2,
     }
     moved = cli("adapters", "alias", "t/life", "stable", "2")
     assert moved.stdout == "t/life:stable is now t/life@2\n"
