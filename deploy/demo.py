@@ -120,7 +120,7 @@ def _process(command: Sequence[str]) -> Iterator[tuple[str, float]]:
             process.wait(timeout=60)
 
 
-def register(store: str, model: Path) -> list[str]:
+def register(store: str, model: Path, max_lora_rank: int) -> list[str]:
     """Register the base model and the sample adapters, as a pipeline would; a line about each."""
     lines = []
     with grpc.insecure_channel(store) as channel:
@@ -129,7 +129,9 @@ def register(store: str, model: Path) -> list[str]:
             (model / "config.json").read_text() if model.is_dir() else json.dumps(config_from_gguf(open_gguf(model)))
         )
         admin.RegisterBaseModel(
-            admin_pb2.RegisterBaseModelRequest(name=BASE_MODEL, config_json=config, accepted_names=[TRAINED_ON])
+            admin_pb2.RegisterBaseModelRequest(
+                name=BASE_MODEL, config_json=config, accepted_names=[TRAINED_ON], max_lora_rank=max_lora_rank
+            )
         )
         for name in NAMES:
             header = admin_pb2.RegisterVersionHeader(adapter=name, base_model=BASE_MODEL)
@@ -218,7 +220,7 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"adapter store      {running.store}  ready after {running.store_seconds:.1f} s")
         console.print(f"inference service  {running.inference}  ready after {running.inference_seconds:.1f} s")
         console.print("\n[bold]Registered through the store's admin RPC[/bold]")
-        for line in register(running.store, options.model):
+        for line in register(running.store, options.model, options.max_lora_rank):
             console.print(line, highlight=False)
         console.print()
         ask_all(running.inference, "One mixed batch: adapters come from the store while the base model answers")
@@ -236,7 +238,7 @@ def serve(options: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.set())
     with services(options, options.data_dir, ports=(50052, 50051, 8000)) as running:
-        register(running.store, options.model)
+        register(running.store, options.model, options.max_lora_rank)
         bin_dir = Path(sys.executable).parent
         with contextlib.suppress(ValueError):
             bin_dir = bin_dir.relative_to(Path.cwd())

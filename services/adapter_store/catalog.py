@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
 from services.adapter_store import refusals
 from services.adapter_store.findings import shown
@@ -22,7 +23,7 @@ from services.adapter_store.streams import (
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.profile import BaseModelProfile
 from services.common.references import LATEST, AdapterName, AdapterReference, check_name, parse_name
-from services.common.split import pick
+from services.common.split import Target
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
@@ -50,21 +51,25 @@ class Catalog:
             raise refusals.base_model_not_found(name, [known.name for known in self.base_models()])
         return profile
 
-    def resolve(self, reference: AdapterReference, *, base_model: str = "", routing_key: str = "") -> Version:
-        """The version a reference means. Raises NotFound, and FailedPrecondition when it is of another base model."""
+    def resolve(self, reference: AdapterReference, *, base_model: str = "") -> dict[Target, Version]:
+        """The versions a reference may mean: one, or those of a weighted alias; `common.split.pick` chooses.
+
+        Raises NotFound, and FailedPrecondition when one is of another base model.
+        """
         adapter = reference.adapter
         state = self._state(adapter)[1]
-        number = reference.version if reference.version is not None else _meant(state, reference, routing_key)
-        version = self._read(adapter, state, [check_live(adapter, state, number)])[0]
-        if base_model and version.content.base_model != base_model:
-            raise FailedPrecondition(
-                "BASE_MODEL_MISMATCH",
-                f"{version.adapter}@{version.number} is of base model {version.content.base_model}, not of "
-                f"{shown(base_model)}; ask a replica that serves that model",
-                field="base_model",
-                base_model=version.content.base_model,
-            )
-        return version
+        targets = _meant(state, reference)
+        versions = self._read(adapter, state, [check_live(adapter, state, target.version) for target in targets])
+        for version in versions:
+            if base_model and version.content.base_model != base_model:
+                raise FailedPrecondition(
+                    "BASE_MODEL_MISMATCH",
+                    f"{version.adapter}@{version.number} is of base model {version.content.base_model}, not of "
+                    f"{shown(base_model)}; ask a replica that serves that model",
+                    field="base_model",
+                    base_model=version.content.base_model,
+                )
+        return dict(zip(targets, versions, strict=True))
 
     def adapter(self, name: AdapterName) -> Adapter:
         """Raises NotFound."""
@@ -178,16 +183,18 @@ def check_token(page_token: str) -> str:
     return page_token
 
 
-def _meant(state: AdapterState, reference: AdapterReference, routing_key: str) -> int:
+def _meant(state: AdapterState, reference: AdapterReference) -> Sequence[Target]:
+    if reference.version is not None:
+        return [Target(reference.version)]
     if reference.alias == LATEST:
         newest = latest(state)
         if not newest:
             raise refusals.no_versions(reference.adapter)
-        return newest
+        return [Target(newest)]
     targets = state.aliases.get(reference.alias)
     if targets is None:
         raise refusals.alias_not_found(reference.adapter, reference.alias, sorted(state.aliases))
-    return pick(targets, f"{reference.adapter}:{reference.alias}", routing_key)
+    return targets
 
 
 def _decoded(stored: Stored) -> tuple[int, AdapterState]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -16,7 +16,7 @@ from services.adapter_store.streams import ADAPTERS, BASE_MODELS, ChangeRecord
 from services.common.errors import InvalidArgument
 from services.common.profile import BaseModelProfile
 from services.common.references import parse_name
-from services.common.split import Target
+from services.common.split import Target, pick
 
 MAX_TARGETS = 16
 MAX_FINDINGS = 1000
@@ -164,6 +164,23 @@ def history_message(seq: int, entry: Entry) -> admin_pb2.HistoryEntry:
         version=version,
         alias=alias,
         targets=target_messages(targets),
+    )
+
+
+def resolved_message(
+    reference: str, versions: Mapping[Target, Version], routing_key: str
+) -> store_pb2.ResolveAdapterResponse:
+    """`reference` in full; the version meant is picked here, and can be picked again from `targets`."""
+    chosen = pick(list(versions), reference, routing_key)
+    version = next(version for target, version in versions.items() if target.version == chosen)
+    return store_pb2.ResolveAdapterResponse(
+        identity=identity(version),
+        max_rank=version.content.max_rank,
+        targets=[
+            store_pb2.ResolvedTarget(identity=identity(version), weight=target.weight)
+            for target, version in versions.items()
+        ],
+        reference=reference,
     )
 
 

@@ -21,7 +21,7 @@ from services.common.errors import MultiloraError, Unavailable
 
 # A change of another process is seen within this, and twice this with a slow index.
 POLL_SECONDS = 0.1
-HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 1.0
 _RING = 1000
 _BATCH = 500
 

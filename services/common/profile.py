@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from services.common.errors import InvalidArgument, Unimplemented
+from services.common.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from services.common.references import check_name
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -114,6 +114,37 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     }
     layers = _positive(config, "num_hidden_layers")
     return {f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in in_layer.items()}
+
+
+def check_profile(profile: BaseModelProfile, modules: Mapping[str, Shape], vocab_size: int, max_lora_rank: int) -> None:
+    """Whether a replica with this model and room meets what registration foresaw of it.
+
+    Raises FailedPrecondition naming the first thing that differs.
+    """
+    if profile.vocab_size != vocab_size:
+        differs = f"a vocabulary of {vocab_size}, where the profile has {profile.vocab_size}"
+    elif set(profile.modules) != set(modules):
+        differs = f"{len(modules)} linears, where the profile has {len(profile.modules)}"
+    elif wrong := next((name for name, shape in profile.modules.items() if modules[name] != shape), None):
+        here, there = modules[wrong], profile.modules[wrong]
+        differs = (
+            f"{wrong} of {here.in_features} → {here.out_features}, where the profile has "
+            f"{there.in_features} → {there.out_features}"
+        )
+    elif max_lora_rank < profile.max_lora_rank:
+        raise FailedPrecondition(
+            "BELOW_PROFILE",
+            f"--max-lora-rank is {max_lora_rank}; the store takes adapters of {profile.name} up to rank "
+            f"{profile.max_lora_rank}: raise it",
+            field="max_lora_rank",
+        )
+    else:
+        return
+    raise FailedPrecondition(
+        "BASE_MODEL_MISMATCH",
+        f"the model served as {profile.name} has {differs}; serve it under another name, or register its own profile",
+        field="served_model_name",
+    )
 
 
 def _parse(config_json: str) -> dict[str, Any]:

@@ -14,16 +14,19 @@ from services.inference.engine.loop import EngineLoop
 from services.inference.engine.messages import (
     AbortRequest,
     AddRequest,
+    DropVersion,
     EngineDied,
     EngineInput,
     EngineOutput,
     EngineStats,
     GetStats,
+    Prefetch,
     RequestOutput,
     RequestStarted,
     Shutdown,
     StatsReply,
 )
+from services.inference.engine.request import AdapterVersion
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,14 @@ class AsyncEngine:
             del self._streams[add.request_id]
             if not done:
                 self._abort(add.request_id, stream)
+
+    def prefetch(self, adapter: AdapterVersion) -> None:
+        """Bring a version to host memory before anyone asks for it."""
+        self._send(Prefetch(adapter))
+
+    def drop(self, name: str, version: int) -> None:
+        """Let go of a deleted version."""
+        self._send(DropVersion(name, version))
 
     async def stats(self) -> EngineStats:
         """The engine's truth, read between two steps."""

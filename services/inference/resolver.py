@@ -1,35 +1,73 @@
-"""Adapter references to versions, once per request. What a name meant lately is remembered, so that a replica serves
-on while the store is away."""
+"""Adapter references to versions, once per request, from a snapshot of what names mean.
+
+The snapshot fills as names are asked for, and the store's Watch keeps it true (see `name_watch`): while the watch lives
+an answer is as fresh as its last message; without it answers are asked for again after `FRESH_SECONDS`. While the store
+is away a replica serves on with what names meant last.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
 from services.common.errors import NotFound, Unavailable
 from services.common.references import parse_reference
+from services.common.split import Target, pick
 from services.inference.engine.request import AdapterVersion
 
 FRESH_SECONDS = 2.0
-"""How old a remembered answer may be while the store can be asked: an alias moved is followed within this time."""
+"""How old an answer may be while the store can be asked: an alias moved is followed within this time."""
 
 MAX_REMEMBERED = 10_000
 
 log = logging.getLogger(__name__)
 
-Lookup = Callable[[str, str], Awaitable[AdapterVersion]]
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a reference means: one version, or several by weight. reference: in full, `tenant/name:alias`."""
+
+    reference: str
+    versions: Mapping[Target, AdapterVersion]
+
+    def pick(self, routing_key: str) -> AdapterVersion:
+        """The version for a request; the store and every other replica pick the same for a key."""
+        number = pick(list(self.versions), self.reference, routing_key)
+        return next(version for target, version in self.versions.items() if target.version == number)
+
+
+@dataclass(slots=True)
+class _Known:
+    """asked_at: when the store said so, or never again to be trusted without asking (-inf)."""
+
+    meaning: Meaning
+    asked_at: float
+
+
+Lookup = Callable[[str], Awaitable[Meaning]]
 
 
 class Resolver:
-    """Resolves references against the store. `lookup(reference, routing_key)` asks it; None when there is no store."""
+    """Resolves references. `lookup(reference)` asks the store; None when there is no store.
+
+    seen_at: when the watch last said anything, by `clock`
+    """
 
     def __init__(self, base_model: str, lookup: Lookup | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._base_model = base_model
         self._lookup = lookup
         self._clock = clock
-        self._known: OrderedDict[tuple[str, str], tuple[float, AdapterVersion]] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._changes = 0
+        self.seen_at = -float("inf")
+
+    @property
+    def snapshot_age(self) -> float:
+        """Seconds since the snapshot was known to be true; inf without a watch."""
+        return self._clock() - self.seen_at
 
     async def resolve(self, reference: str, routing_key: str = "") -> AdapterVersion | None:
         """The version a reference means right now; None is the base model.
@@ -39,28 +77,61 @@ class Resolver:
         """
         if not reference or reference == self._base_model:
             return None
-        key = (str(parse_reference(reference)), routing_key)
+        full = str(parse_reference(reference))
         if self._lookup is None:
             raise NotFound(
                 "ADAPTER_NOT_FOUND",
                 f"adapter {reference!r}: this replica has no adapter store; start it with --adapter-store",
                 field="adapter",
             )
-        known = self._known.get(key)
-        if known is not None and self._clock() - known[0] < FRESH_SECONDS:
-            return known[1]
+        known = self._known.get(full)
+        if known is not None and self._is_fresh(known):
+            return known.meaning.pick(routing_key)
         try:
-            version = await self._lookup(*key)
+            return (await self.ask(full)).pick(routing_key)
         except Unavailable:
             if known is None:
                 raise
-            log.warning("the store is away; %s still means version %d", reference, known[1].version)
-            return known[1]
+            version = known.meaning.pick(routing_key)
+            log.warning("the store is away; %s still means version %d", full, version.version)
+            return version
+
+    async def ask(self, full: str) -> Meaning:
+        """Ask the store, and remember. `full` is a reference in full. Raises what the store raises."""
+        assert self._lookup is not None
+        asked_at, changes = self._clock(), self._changes
+        try:
+            meaning = await self._lookup(full)
         except NotFound:
-            self._known.pop(key, None)
+            self._known.pop(full, None)
             raise
-        self._known[key] = (self._clock(), version)
-        self._known.move_to_end(key)
+        if changes != self._changes:  # the watch spoke meanwhile, perhaps of this: the answer may be from before
+            asked_at = -float("inf")
+        self._known[full] = _Known(meaning, asked_at)
+        self._known.move_to_end(full)
         while len(self._known) > MAX_REMEMBERED:
             self._known.popitem(last=False)
-        return version
+        return meaning
+
+    def seen(self) -> None:
+        """The watch lives: nothing has changed but what it said."""
+        self.seen_at = self._clock()
+
+    def changed(self, adapter: str) -> list[str]:
+        """Names of this adapter must be asked for again; the references that were known."""
+        self._changes += 1
+        stale = [full for full in self._known if full.startswith((f"{adapter}:", f"{adapter}@"))]
+        for full in stale:
+            self._known[full].asked_at = -float("inf")
+        return stale
+
+    def reset(self) -> None:
+        """Every name must be asked for again."""
+        self._changes += 1
+        for known in self._known.values():
+            known.asked_at = -float("inf")
+
+    def _is_fresh(self, known: _Known) -> bool:
+        if self.snapshot_age < FRESH_SECONDS and known.asked_at > -float("inf"):
+            return True
+        return self._clock() - known.asked_at < FRESH_SECONDS

@@ -16,9 +16,9 @@ import torch
 import uvicorn
 
 from multilora.inference.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from services.common.errors import Unavailable
+from services.common.errors import FailedPrecondition, NotFound, Unavailable
 from services.common.gguf_config import open_gguf
-from services.common.profile import linear_shapes
+from services.common.profile import check_profile, linear_shapes
 from services.common.rpc import GrpcServer
 from services.inference.adapters.disk_cache import DiskCache
 from services.inference.adapters.manager import AdapterManager
@@ -40,6 +40,7 @@ from services.inference.model.lora import group_shapes
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
 from services.inference.model.weights import load_weights
+from services.inference.name_watch import NameWatch
 from services.inference.resolver import Resolver
 from services.inference.servicer import InferenceServicer
 from services.inference.serving import Serving
@@ -112,6 +113,8 @@ async def serve(
     names = NameClient(config.adapter_store, model.name) if config.adapter_store else None
     engine = AsyncEngine(loop)
     resolver = Resolver(model.name, names.resolve if names is not None else None)
+    if names is not None:
+        await _compare_with_profile(names, model, config.adapters.max_lora_rank)
     serving = Serving(config, model, tokenizer, resolver, engine)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(serving), grpc_server.server)
     control_pb2_grpc.add_AdapterControlServiceServicer_to_server(
@@ -120,18 +123,60 @@ async def serve(
     await grpc_server.start()
     async with _http(http_socket, serving):
         await grpc_server.set_serving(True)
-        watch = asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))
+        tasks = [asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))]
+        if names is not None:
+            tasks.append(asyncio.create_task(_watch_names(names, resolver, engine, config, model)))
         log.info("ready after %.1f s", time.monotonic() - started)
         try:
             yield RunningServer(serving, port, None if http_socket is None else http_socket.getsockname()[1])
         finally:
             log.info("shutting down; requests have %.0f s to finish", config.shutdown_grace)
-            watch.cancel()
+            for task in tasks:
+                task.cancel()
             await grpc_server.set_serving(False)
             await engine.shutdown(drain=True, timeout=config.shutdown_grace)
             await grpc_server.stop(grace=1.0)
             if names is not None:
                 await names.close()
+
+
+async def _compare_with_profile(names: NameClient, model: ModelConfig, max_lora_rank: int) -> None:
+    """Raise FailedPrecondition when the store's profile says that adapters it takes would not fit here.
+
+    A model that is not registered yet, or a store that is away, is no reason not to serve the base model.
+    """
+    try:
+        profile = await names.base_model()
+    except (NotFound, Unavailable) as error:
+        log.warning("the base model was not compared with its profile: %s", error)
+        return
+    check_profile(profile, linear_shapes(model.hf_config), model.vocab_size, max_lora_rank)
+
+
+async def _watch_names(
+    names: NameClient, resolver: Resolver, engine: AsyncEngine, config: ServerConfig, model: ModelConfig
+) -> None:
+    comparisons: set[asyncio.Task[None]] = set()
+
+    async def compare() -> None:
+        try:
+            await _compare_with_profile(names, model, config.adapters.max_lora_rank)
+        except FailedPrecondition as error:
+            log.error("the base model's profile has changed, and this replica no longer meets it: %s", error)
+
+    def base_changed() -> None:
+        comparisons.add(task := asyncio.create_task(compare()))
+        task.add_done_callback(comparisons.discard)
+
+    watch = NameWatch(
+        names,
+        resolver,
+        base_model=model.name,
+        prefetch=engine.prefetch,
+        drop=engine.drop,
+        base_changed=base_changed,
+    )
+    await watch.run()
 
 
 async def _unhealthy_when_dead(engine: AsyncEngine, grpc_server: GrpcServer) -> None:

@@ -36,6 +36,14 @@ class StoreProxy(store_pb2_grpc.AdapterStoreServiceServicer):
         self.spoil: list[Callable[[bytes], bytes]] = []
         self.pulls: Counter[str] = Counter()
 
+    def GetBaseModel(
+        self, request: store_pb2.GetBaseModelRequest, context: grpc.ServicerContext
+    ) -> store_pb2.GetBaseModelResponse:
+        try:
+            return self._stub.GetBaseModel(request)
+        except grpc.RpcError as error:
+            pass_on(error, context)
+
     def ResolveAdapter(
         self, request: store_pb2.ResolveAdapterRequest, context: grpc.ServicerContext
     ) -> store_pb2.ResolveAdapterResponse:

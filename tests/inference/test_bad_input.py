@@ -28,7 +28,7 @@ from services.inference.model.sampler import Sampler
 from tests.assets.random_adapter import make_random_adapter
 from tests.assets.tiny_model import make_tiny_llama
 from tests.clients import collect, failure, generate, request
-from tests.conftest import TINY_BASE, InferenceServer, inference_config, run_inference, run_store
+from tests.conftest import TINY_BASE, InferenceServer, StoreProcess, inference_config, run_inference, run_store
 from tests.inference.solo import Stream
 
 MAX_MODEL_LEN = 64
@@ -177,18 +177,7 @@ class Service:
 @pytest.fixture(scope="module")
 def service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("bad-input")
-    other = make_tiny_llama(root / "other", hidden_size=64, layers=1)
     with run_store(root / "store") as store:
-        for name, model in ((TINY_BASE, tiny_model), ("other", other)):
-            store.register_base(name, (model / "config.json").read_text())
-        shapes: dict[str, tuple[Path, str, dict[str, Any]]] = {
-            "known": (tiny_model, TINY_BASE, {}),
-            "high-rank": (tiny_model, TINY_BASE, {"r": 16}),
-            "overflowing": (tiny_model, TINY_BASE, {"std": 1e30}),
-            "other-base": (other, "other", {}),
-        }
-        for name, (model, base, shape) in shapes.items():
-            store.register(name, make_random_adapter(root / name, model, base_model_name_or_path=base, **shape), base)
         config = inference_config(
             tiny_model,
             root / "replica",
@@ -200,7 +189,23 @@ def service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         )
         sampler = PausingSampler()
         with run_inference(config, sampler=sampler) as server:
+            fill(store, root, tiny_model)
             yield Service(server, sampler, generate(server.address, good()).token_ids)
+
+
+def fill(store: StoreProcess, root: Path, tiny_model: Path) -> None:
+    """After the replica's start, which would refuse to hold less than the profile's rank."""
+    other = make_tiny_llama(root / "other", hidden_size=64, layers=1)
+    for name, model in ((TINY_BASE, tiny_model), ("other", other)):
+        store.register_base(name, (model / "config.json").read_text())
+    shapes: dict[str, tuple[Path, str, dict[str, Any]]] = {
+        "known": (tiny_model, TINY_BASE, {}),
+        "high-rank": (tiny_model, TINY_BASE, {"r": 16}),
+        "overflowing": (tiny_model, TINY_BASE, {"std": 1e30}),
+        "other-base": (other, "other", {}),
+    }
+    for name, (model, base, shape) in shapes.items():
+        store.register(name, make_random_adapter(root / name, model, base_model_name_or_path=base, **shape), base)
 
 
 def good(**fields: Any) -> inference_pb2.GenerateRequest:

@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 import pytest
 
-from multilora.adapter_store.v1 import admin_pb2
 from multilora.common.v1 import common_pb2
 from multilora.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.common.errors import DataLoss, DeadlineExceeded, NotFound, Unavailable
@@ -214,29 +213,6 @@ def test_the_store_away_and_back(tiny_model: Path, tmp_path: Path) -> None:
 
         eventually(is_back)
         eventually(lambda: len(generate(server.address, asked("three")).token_ids) == 8)
-
-
-def test_an_alias_that_moves_is_followed(tiny_model: Path, tmp_path: Path, filled_store: StoreProcess) -> None:
-    made = [
-        make_random_adapter(tmp_path / f"v{seed}", tiny_model, seed=seed, base_model_name_or_path=TINY_BASE)
-        for seed in (50, 51)
-    ]
-    for directory in made:
-        filled_store.register("moving", directory, TINY_BASE)
-    with serving(tiny_model, filled_store.address, tmp_path / "replica") as server:
-        now = [0.0]
-        server.serving.resolver._clock = lambda: now[0]
-        versions = [generate(server.address, asked(name)).started.version for name in ("moving", "moving@2")]
-        assert versions == [1, 2]
-        stable = admin_pb2.SetAliasRequest(
-            adapter="moving", alias="stable", targets=[admin_pb2.WeightedVersion(version=2, weight=1)]
-        )
-        filled_store.admin().SetAlias(stable)
-        now[0] = 1.9
-        assert generate(server.address, asked("moving")).started.version == 1, "remembered for two seconds"
-        now[0] = 2.1
-        assert generate(server.address, asked("moving")).started.version == 2
-        assert generate(server.address, asked("moving@1")).started.version == 1
 
 
 def test_a_request_id_can_be_used_again_at_once(server: InferenceServer) -> None:

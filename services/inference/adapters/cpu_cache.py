@@ -53,6 +53,11 @@ class CpuCache:
         assert adapter.digest in self._claims, "a copy without a claim has no room"
         self._adapters[adapter.digest] = adapter
 
+    def drop(self, digest: str) -> None:
+        """Let the copy go, unless a request claims it."""
+        if digest in self._adapters and digest not in self._claims:
+            self._evict(digest)
+
     def _make_room(self) -> bool:
         """Whether there is room for one more digest, an unclaimed copy having gone for it if need be."""
         if len(self._adapters.keys() | self._claims.keys()) < self._max_adapters:
@@ -60,9 +65,12 @@ class CpuCache:
         victim = next((digest for digest in self._adapters if digest not in self._claims), None)
         if victim is None:
             return False
-        self._on_evict(victim)
-        del self._adapters[victim]
+        self._evict(victim)
         return True
+
+    def _evict(self, digest: str) -> None:
+        self._on_evict(digest)
+        del self._adapters[digest]
 
     def check_integrity(self) -> None:
         """Raise AssertionError when there are more digests than room."""

@@ -79,6 +79,10 @@ class DiskCache:
         self._make_room(keep=name)
         return data
 
+    def drop(self, pack_digest: str) -> None:
+        """Remove it. A worker that reads it now reads on."""
+        self._remove(_name(pack_digest))
+
     def _make_room(self, keep: str = "") -> None:
         while True:
             with self._lock:

@@ -87,14 +87,24 @@ class AdapterManager:
             return "CPU"
         return "DISK" if adapter.pack_digest in self._disk else "STORE"
 
+    def prefetch(self, adapter: AdapterVersion) -> None:
+        if adapter.digest in self._cpu or adapter.digest in self._fetching or not self._cpu.try_claim(adapter.digest):
+            return
+        self._remember(adapter)
+        self._start_fetch(adapter)
+        self._unclaim(adapter.digest)
+
+    def drop(self, name: str, version: int) -> None:
+        for known in list(self._known.values()):
+            adapter = known.adapter
+            if (adapter.name, adapter.version) == (name, version):
+                self._cpu.drop(adapter.digest)
+                self._disk.drop(adapter.pack_digest)
+
     def try_claim(self, adapter: AdapterVersion) -> bool:
         if not self._cpu.try_claim(adapter.digest):
             return False
-        known = self._known.setdefault(adapter.digest, _Known(adapter))
-        known.requests += 1
-        self._known.move_to_end(adapter.digest)
-        if len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
+        self._remember(adapter).requests += 1
         if adapter.digest not in self._cpu and adapter.digest not in self._fetching:
             self._start_fetch(adapter)
         return True
@@ -144,6 +154,13 @@ class AdapterManager:
         self._workers.shutdown(wait=False, cancel_futures=True)
         if self._puller is not None:
             self._puller.close()
+
+    def _remember(self, adapter: AdapterVersion) -> _Known:
+        known = self._known.setdefault(adapter.digest, _Known(adapter))
+        self._known.move_to_end(adapter.digest)
+        if len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return known
 
     def _start_fetch(self, adapter: AdapterVersion) -> None:
         """Fetch on a worker. The fetch has a claim of its own, so its room stays even if every request gives up."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 import grpc
 import grpc.aio
 
 from multilora.adapter_store.v1 import store_pb2, store_pb2_grpc
+from multilora.common.v1 import common_pb2
 from services.common.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -16,8 +17,12 @@ from services.common.errors import (
     NotFound,
     Unavailable,
 )
+from services.common.profile import BaseModelProfile, Shape
 from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
+from services.common.split import Target
 from services.inference.engine.request import AdapterVersion
+from services.inference.name_watch import Message, News
+from services.inference.resolver import Meaning
 
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
 RESOLVE_TIMEOUT = 5.0
@@ -27,7 +32,7 @@ SLOWEST_PULL = 1e6
 
 
 class NameClient:
-    """Resolves names, on the serving face's event loop."""
+    """Resolves names and watches them, on the serving face's event loop."""
 
     def __init__(self, address: str, base_model: str) -> None:
         self._address = address
@@ -35,19 +40,46 @@ class NameClient:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
-    async def resolve(self, reference: str, routing_key: str) -> AdapterVersion:
-        """The version a reference means. Raises what the store raised, or Unavailable."""
-        request = store_pb2.ResolveAdapterRequest(
-            reference=reference, base_model=self._base_model, routing_key=routing_key
-        )
+    async def resolve(self, reference: str) -> Meaning:
+        """What a reference means. Raises what the store raised, or Unavailable."""
+        request = store_pb2.ResolveAdapterRequest(reference=reference, base_model=self._base_model)
         try:
             response = await self._stub.ResolveAdapter(request, timeout=RESOLVE_TIMEOUT)
         except grpc.aio.AioRpcError as error:
             raise _of_reference(_store_error(error, self._address)) from None
-        identity = response.identity
-        return AdapterVersion(
-            identity.adapter, int(identity.version), identity.digest, identity.pack_digest, int(identity.pack_size)
+        versions = {
+            Target(int(target.identity.version), target.weight): _version(target.identity)
+            for target in response.targets
+        }
+        return Meaning(response.reference, versions)
+
+    async def base_model(self) -> BaseModelProfile:
+        """The served base model's profile. Raises NotFound when it is not registered, or Unavailable."""
+        try:
+            request = store_pb2.GetBaseModelRequest(name=self._base_model)
+            profile = (await self._stub.GetBaseModel(request, timeout=RESOLVE_TIMEOUT)).profile
+        except grpc.aio.AioRpcError as error:
+            raise _store_error(error, self._address) from None
+        return BaseModelProfile(
+            name=profile.name,
+            architecture=profile.architecture,
+            num_layers=profile.num_layers,
+            vocab_size=profile.vocab_size,
+            modules={module.name: Shape(module.in_features, module.out_features) for module in profile.modules},
+            accepted_names=tuple(profile.accepted_names),
+            max_lora_rank=profile.max_lora_rank,
+            lora_extra_vocab_size=profile.lora_extra_vocab_size,
+            fingerprint=profile.fingerprint,
         )
+
+    async def watch(self, after_revision: int, epoch: str) -> AsyncGenerator[Message, None]:
+        """Messages of the store's watch until it breaks. Raises what the store raised, or Unavailable."""
+        request = store_pb2.WatchAdaptersRequest(after_revision=after_revision, epoch=epoch)
+        try:
+            async for response in self._stub.WatchAdapters(request):
+                yield _message(response)
+        except grpc.aio.AioRpcError as error:
+            raise _store_error(error, self._address) from None
 
     async def close(self) -> None:
         await self._channel.close()
@@ -73,6 +105,32 @@ class PullClient:
     def close(self) -> None:
         """Cancels what is being pulled, too."""
         self._channel.close()
+
+
+def _version(identity: common_pb2.AdapterIdentity) -> AdapterVersion:
+    return AdapterVersion(
+        identity.adapter, int(identity.version), identity.digest, identity.pack_digest, int(identity.pack_size)
+    )
+
+
+def _message(response: store_pb2.WatchAdaptersResponse) -> Message:
+    if response.reset or response.heartbeat:
+        return Message(News.RESET if response.reset else News.HEARTBEAT, int(response.revision), response.epoch)
+    if response.base_model:
+        news = News.BASE_MODEL
+    elif response.kind == common_pb2.CHANGE_KIND_VERSION_DELETED:
+        news = News.DELETED
+    else:
+        news = News.MOVED if response.alias else News.OTHER
+    return Message(
+        news,
+        int(response.revision),
+        response.epoch,
+        response.adapter,
+        int(response.version),
+        response.alias,
+        response.base_model,
+    )
 
 
 def _store_error(rpc_error: grpc.RpcError, address: str) -> MultiloraError:

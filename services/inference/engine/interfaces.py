@@ -49,6 +49,12 @@ class Adapters(Protocol):
     def tier(self, adapter: AdapterVersion) -> str:
         """STORE, DISK, CPU or GPU."""
 
+    def prefetch(self, adapter: AdapterVersion) -> None:
+        """Fetch it to host memory, unless claims of others leave no room."""
+
+    def drop(self, name: str, version: int) -> None:
+        """Let go of a version that was deleted, wherever no request holds it."""
+
     def try_claim(self, adapter: AdapterVersion) -> bool:
         """Claim room in host memory, fetching the adapter if it is not there; False when others have all the room."""
 

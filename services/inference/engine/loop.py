@@ -11,10 +11,12 @@ from services.inference.engine.messages import (
     AbortRequest,
     AdaptersChanged,
     AddRequest,
+    DropVersion,
     EngineDied,
     EngineInput,
     EngineOutput,
     GetStats,
+    Prefetch,
     Shutdown,
     StatsReply,
 )
@@ -78,6 +80,10 @@ class EngineLoop:
                 self.engine.abort(request_id)
             case GetStats(reply_id):
                 self.emit([StatsReply(reply_id, self.engine.stats())])
+            case Prefetch(adapter):
+                self.engine.adapters.prefetch(adapter)
+            case DropVersion(name, version):
+                self.engine.adapters.drop(name, version)
             case AdaptersChanged():
                 pass  # being awake is all it asks; the next step polls
             case Shutdown():

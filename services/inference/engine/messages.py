@@ -41,13 +41,28 @@ class AdaptersChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Bring a version to host memory, if there is room that nobody claims: requests will want it soon."""
+
+    adapter: AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class DropVersion:
+    """Let go of a deleted version wherever no request holds it."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """End the loop. With `drain`, first finish every request the engine has."""
 
     drain: bool
 
 
-EngineInput = AddRequest | AbortRequest | GetStats | AdaptersChanged | Shutdown
+EngineInput = AddRequest | AbortRequest | GetStats | AdaptersChanged | Prefetch | DropVersion | Shutdown
 
 # ---- engine → face
 

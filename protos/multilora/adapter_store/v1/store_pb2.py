@@ -23,28 +23,35 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from multilora.adapter_store.v1 import admin_pb2 as multilora_dot_adapter__store_dot_v1_dot_admin__pb2
 from multilora.common.v1 import common_pb2 as multilora_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&multilora/adapter_store/v1/store.proto\x12\x1amultilora.adapter_store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a multilora/common/v1/common.proto\"S\n\x15ResolveAdapterRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0brouting_key\x18\x03 \x01(\t\"b\n\x16ResolveAdapterResponse\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\x12\x10\n\x08max_rank\x18\x02 \x01(\r\"4\n\x12PullAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"7\n\x13PullAdapterResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\ntotal_size\x18\x02 \x01(\x04\"=\n\x14WatchAdaptersRequest\x12\x16\n\x0e\x61\x66ter_revision\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\t\"\x8d\x02\n\x15WatchAdaptersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\r\n\x05reset\x18\x04 \x01(\x08\x12\x11\n\theartbeat\x18\x05 \x01(\x08\x12-\n\x04kind\x18\x06 \x01(\x0e\x32\x1f.multilora.common.v1.ChangeKind\x12\x0f\n\x07version\x18\x07 \x01(\x04\x12\r\n\x05\x61lias\x18\x08 \x01(\t\x12\x12\n\nbase_model\x18\t \x01(\t\x12\r\n\x05\x61\x63tor\x18\n \x01(\t\x12.\n\nchanged_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xf8\x02\n\x13\x41\x64\x61pterStoreService\x12w\n\x0eResolveAdapter\x12\x31.multilora.adapter_store.v1.ResolveAdapterRequest\x1a\x32.multilora.adapter_store.v1.ResolveAdapterResponse\x12p\n\x0bPullAdapter\x12..multilora.adapter_store.v1.PullAdapterRequest\x1a/.multilora.adapter_store.v1.PullAdapterResponse0\x01\x12v\n\rWatchAdapters\x12\x30.multilora.adapter_store.v1.WatchAdaptersRequest\x1a\x31.multilora.adapter_store.v1.WatchAdaptersResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&multilora/adapter_store/v1/store.proto\x12\x1amultilora.adapter_store.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a&multilora/adapter_store/v1/admin.proto\x1a multilora/common/v1/common.proto\"#\n\x13GetBaseModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"U\n\x14GetBaseModelResponse\x12=\n\x07profile\x18\x01 \x01(\x0b\x32,.multilora.adapter_store.v1.BaseModelProfile\"S\n\x15ResolveAdapterRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x13\n\x0brouting_key\x18\x03 \x01(\t\"\xb2\x01\n\x16ResolveAdapterResponse\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\x12\x10\n\x08max_rank\x18\x02 \x01(\r\x12;\n\x07targets\x18\x03 \x03(\x0b\x32*.multilora.adapter_store.v1.ResolvedTarget\x12\x11\n\treference\x18\x04 \x01(\t\"X\n\x0eResolvedTarget\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\x12\x0e\n\x06weight\x18\x02 \x01(\r\"4\n\x12PullAdapterRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"7\n\x13PullAdapterResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\ntotal_size\x18\x02 \x01(\x04\"=\n\x14WatchAdaptersRequest\x12\x16\n\x0e\x61\x66ter_revision\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\t\"\x8d\x02\n\x15WatchAdaptersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\r\n\x05reset\x18\x04 \x01(\x08\x12\x11\n\theartbeat\x18\x05 \x01(\x08\x12-\n\x04kind\x18\x06 \x01(\x0e\x32\x1f.multilora.common.v1.ChangeKind\x12\x0f\n\x07version\x18\x07 \x01(\x04\x12\r\n\x05\x61lias\x18\x08 \x01(\t\x12\x12\n\nbase_model\x18\t \x01(\t\x12\r\n\x05\x61\x63tor\x18\n \x01(\t\x12.\n\nchanged_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xeb\x03\n\x13\x41\x64\x61pterStoreService\x12q\n\x0cGetBaseModel\x12/.multilora.adapter_store.v1.GetBaseModelRequest\x1a\x30.multilora.adapter_store.v1.GetBaseModelResponse\x12w\n\x0eResolveAdapter\x12\x31.multilora.adapter_store.v1.ResolveAdapterRequest\x1a\x32.multilora.adapter_store.v1.ResolveAdapterResponse\x12p\n\x0bPullAdapter\x12..multilora.adapter_store.v1.PullAdapterRequest\x1a/.multilora.adapter_store.v1.PullAdapterResponse0\x01\x12v\n\rWatchAdapters\x12\x30.multilora.adapter_store.v1.WatchAdaptersRequest\x1a\x31.multilora.adapter_store.v1.WatchAdaptersResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'multilora.adapter_store.v1.store_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESOLVEADAPTERREQUEST']._serialized_start=137
-  _globals['_RESOLVEADAPTERREQUEST']._serialized_end=220
-  _globals['_RESOLVEADAPTERRESPONSE']._serialized_start=222
-  _globals['_RESOLVEADAPTERRESPONSE']._serialized_end=320
-  _globals['_PULLADAPTERREQUEST']._serialized_start=322
-  _globals['_PULLADAPTERREQUEST']._serialized_end=374
-  _globals['_PULLADAPTERRESPONSE']._serialized_start=376
-  _globals['_PULLADAPTERRESPONSE']._serialized_end=431
-  _globals['_WATCHADAPTERSREQUEST']._serialized_start=433
-  _globals['_WATCHADAPTERSREQUEST']._serialized_end=494
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=497
-  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=766
-  _globals['_ADAPTERSTORESERVICE']._serialized_start=769
-  _globals['_ADAPTERSTORESERVICE']._serialized_end=1145
+  _globals['_GETBASEMODELREQUEST']._serialized_start=177
+  _globals['_GETBASEMODELREQUEST']._serialized_end=212
+  _globals['_GETBASEMODELRESPONSE']._serialized_start=214
+  _globals['_GETBASEMODELRESPONSE']._serialized_end=299
+  _globals['_RESOLVEADAPTERREQUEST']._serialized_start=301
+  _globals['_RESOLVEADAPTERREQUEST']._serialized_end=384
+  _globals['_RESOLVEADAPTERRESPONSE']._serialized_start=387
+  _globals['_RESOLVEADAPTERRESPONSE']._serialized_end=565
+  _globals['_RESOLVEDTARGET']._serialized_start=567
+  _globals['_RESOLVEDTARGET']._serialized_end=655
+  _globals['_PULLADAPTERREQUEST']._serialized_start=657
+  _globals['_PULLADAPTERREQUEST']._serialized_end=709
+  _globals['_PULLADAPTERRESPONSE']._serialized_start=711
+  _globals['_PULLADAPTERRESPONSE']._serialized_end=766
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=768
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=829
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=832
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=1101
+  _globals['_ADAPTERSTORESERVICE']._serialized_start=1104
+  _globals['_ADAPTERSTORESERVICE']._serialized_end=1595
 # @@protoc_insertion_point(module_scope)

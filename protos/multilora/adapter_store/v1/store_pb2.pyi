@@ -3,9 +3,12 @@
 isort:skip_file
 What replicas ask of the adapter store."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from multilora.adapter_store.v1 import admin_pb2 as _admin_pb2
 from multilora.common.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -17,6 +20,52 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+@_typing.final
+class GetBaseModelRequest(_message.Message):
+    """Names a base model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name it is registered by."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBaseModelRequest: _TypeAlias = GetBaseModelRequest  # noqa: Y015
+
+@_typing.final
+class GetBaseModelResponse(_message.Message):
+    """The base model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def profile(self) -> _admin_pb2.BaseModelProfile:
+        """Its profile."""
+
+    def __init__(
+        self,
+        *,
+        profile: _admin_pb2.BaseModelProfile | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBaseModelResponse: _TypeAlias = GetBaseModelResponse  # noqa: Y015
 
 @_typing.final
 class ResolveAdapterRequest(_message.Message):
@@ -56,8 +105,48 @@ class ResolveAdapterResponse(_message.Message):
 
     IDENTITY_FIELD_NUMBER: _builtins.int
     MAX_RANK_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
     max_rank: _builtins.int
     """Highest rank of its modules."""
+    reference: _builtins.str
+    """The reference in full, `tenant/name:alias` or `tenant/name@3`: what a routing key is hashed with."""
+    @_builtins.property
+    def identity(self) -> _common_pb2.AdapterIdentity:
+        """The version."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResolvedTarget]:
+        """Every version the reference may mean; several for a weighted alias, so that a replica can pick by itself, request
+        by request, as the store would.
+        """
+
+    def __init__(
+        self,
+        *,
+        identity: _common_pb2.AdapterIdentity | None = ...,
+        max_rank: _builtins.int = ...,
+        targets: _abc.Iterable[Global___ResolvedTarget] | None = ...,
+        reference: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "max_rank", b"max_rank", "reference", b"reference", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveAdapterResponse: _TypeAlias = ResolveAdapterResponse  # noqa: Y015
+
+@_typing.final
+class ResolvedTarget(_message.Message):
+    """One version a reference may mean."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    weight: _builtins.int
+    """Its share of the alias; 1 when it is the only one."""
     @_builtins.property
     def identity(self) -> _common_pb2.AdapterIdentity:
         """The version."""
@@ -66,15 +155,15 @@ class ResolveAdapterResponse(_message.Message):
         self,
         *,
         identity: _common_pb2.AdapterIdentity | None = ...,
-        max_rank: _builtins.int = ...,
+        weight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "max_rank", b"max_rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ResolveAdapterResponse: _TypeAlias = ResolveAdapterResponse  # noqa: Y015
+Global___ResolvedTarget: _TypeAlias = ResolvedTarget  # noqa: Y015
 
 @_typing.final
 class PullAdapterRequest(_message.Message):

@@ -35,6 +35,11 @@ class AdapterStoreServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetBaseModel = channel.unary_unary(
+                '/multilora.adapter_store.v1.AdapterStoreService/GetBaseModel',
+                request_serializer=multilora_dot_adapter__store_dot_v1_dot_store__pb2.GetBaseModelRequest.SerializeToString,
+                response_deserializer=multilora_dot_adapter__store_dot_v1_dot_store__pb2.GetBaseModelResponse.FromString,
+                _registered_method=True)
         self.ResolveAdapter = channel.unary_unary(
                 '/multilora.adapter_store.v1.AdapterStoreService/ResolveAdapter',
                 request_serializer=multilora_dot_adapter__store_dot_v1_dot_store__pb2.ResolveAdapterRequest.SerializeToString,
@@ -55,6 +60,13 @@ class AdapterStoreServiceStub:
 class AdapterStoreServiceServicer:
     """Resolves names and serves packed adapters.
     """
+
+    def GetBaseModel(self, request, context):
+        """Describes a registered base model, against which a replica compares the model it serves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def ResolveAdapter(self, request, context):
         """Says which version an adapter reference means right now.
@@ -80,6 +92,11 @@ class AdapterStoreServiceServicer:
 
 def add_AdapterStoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetBaseModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBaseModel,
+                    request_deserializer=multilora_dot_adapter__store_dot_v1_dot_store__pb2.GetBaseModelRequest.FromString,
+                    response_serializer=multilora_dot_adapter__store_dot_v1_dot_store__pb2.GetBaseModelResponse.SerializeToString,
+            ),
             'ResolveAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.ResolveAdapter,
                     request_deserializer=multilora_dot_adapter__store_dot_v1_dot_store__pb2.ResolveAdapterRequest.FromString,
@@ -106,6 +123,33 @@ def add_AdapterStoreServiceServicer_to_server(servicer, server):
 class AdapterStoreService:
     """Resolves names and serves packed adapters.
     """
+
+    @staticmethod
+    def GetBaseModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/multilora.adapter_store.v1.AdapterStoreService/GetBaseModel',
+            multilora_dot_adapter__store_dot_v1_dot_store__pb2.GetBaseModelRequest.SerializeToString,
+            multilora_dot_adapter__store_dot_v1_dot_store__pb2.GetBaseModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def ResolveAdapter(request,

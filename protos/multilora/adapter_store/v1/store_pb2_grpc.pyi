@@ -33,6 +33,8 @@ class AdapterStoreServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterStoreServiceAsyncStub: ...
+    GetBaseModel: _grpc.UnaryUnaryMultiCallable[_store_pb2.GetBaseModelRequest, _store_pb2.GetBaseModelResponse]
+    """Describes a registered base model, against which a replica compares the model it serves."""
     ResolveAdapter: _grpc.UnaryUnaryMultiCallable[_store_pb2.ResolveAdapterRequest, _store_pb2.ResolveAdapterResponse]
     """Says which version an adapter reference means right now."""
     PullAdapter: _grpc.UnaryStreamMultiCallable[_store_pb2.PullAdapterRequest, _store_pb2.PullAdapterResponse]
@@ -45,6 +47,8 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
     """Resolves names and serves packed adapters."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    GetBaseModel: _aio.UnaryUnaryMultiCallable[_store_pb2.GetBaseModelRequest, _store_pb2.GetBaseModelResponse]  # type: ignore[assignment]
+    """Describes a registered base model, against which a replica compares the model it serves."""
     ResolveAdapter: _aio.UnaryUnaryMultiCallable[_store_pb2.ResolveAdapterRequest, _store_pb2.ResolveAdapterResponse]  # type: ignore[assignment]
     """Says which version an adapter reference means right now."""
     PullAdapter: _aio.UnaryStreamMultiCallable[_store_pb2.PullAdapterRequest, _store_pb2.PullAdapterResponse]  # type: ignore[assignment]
@@ -54,6 +58,14 @@ class AdapterStoreServiceAsyncStub(AdapterStoreServiceStub):
 
 class AdapterStoreServiceServicer(metaclass=_abc_1.ABCMeta):
     """Resolves names and serves packed adapters."""
+
+    @_abc_1.abstractmethod
+    def GetBaseModel(
+        self,
+        request: _store_pb2.GetBaseModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.GetBaseModelResponse, _abc.Awaitable[_store_pb2.GetBaseModelResponse]]:
+        """Describes a registered base model, against which a replica compares the model it serves."""
 
     @_abc_1.abstractmethod
     def ResolveAdapter(
