@@ -44,7 +44,7 @@ serve: $(VENV)/.run ## both services on their ports, adapters registered, until 
 
 # Minutes each suite may take on two cores; together they stay under 25.
 test: lint ## everything CI runs
-	timeout 4m $(RUN_TESTS) -q tests/adapter_store tests/common tests/test_*.py
+	timeout 6m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/test_*.py
 	timeout 4m $(RUN_TESTS) -q tests/kernels
 	timeout 7m $(RUN_TESTS) -q tests/inference tests/cli tests/integration
 	timeout 9m $(RUN_TESTS) -q tests/parity
