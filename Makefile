@@ -42,9 +42,9 @@ demo: $(VENV)/.run ## both services, three adapters, one mixed batch
 serve: $(VENV)/.run ## both services on their ports, adapters registered, until Ctrl-C
 	@$(BIN)/python deploy/demo.py serve $(SERVE_FLAGS)
 
-# Minutes each suite may take on two cores; together they stay under 25.
+# Minutes each suite may take on two cores; together they stay within 25.
 test: lint ## everything CI runs
-	timeout 6m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/test_*.py
+	timeout 5m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/test_*.py
 	timeout 4m $(RUN_TESTS) -q tests/kernels
 	timeout 7m $(RUN_TESTS) -q tests/inference tests/cli tests/integration
 	timeout 9m $(RUN_TESTS) -q tests/parity

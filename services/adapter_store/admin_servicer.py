@@ -29,10 +29,11 @@ Result = TypeVar("Result")
 
 
 class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
-    def __init__(self, store: AdapterStore, workers: Executor) -> None:
-        """`workers` run what keeps a core or a disk busy, apart from the threads that resolve and pull."""
+    def __init__(self, store: AdapterStore, workers: Executor, upkeep: Executor) -> None:
+        """`workers` run registrations, `upkeep` collections and checks, apart from what resolves and pulls."""
         self._store = store
         self._workers = workers
+        self._upkeep = upkeep
 
     async def RegisterBaseModel(
         self, request: admin_pb2.RegisterBaseModelRequest, context: Context
@@ -62,7 +63,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         upload = await asyncio.to_thread(self._store.registration.begin_upload, header)
         await receive_files(request_iterator, upload)
         register = partial(self._store.registration.register, header, upload, actor=actor_of(context))
-        registered = await self._finish(register)
+        registered = await self._finish(register, self._workers)
         return admin_pb2.RegisterVersionResponse(
             version=convert.version_message(registered.version),
             existed=registered.existed,
@@ -74,7 +75,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
     ) -> admin_pb2.RegisterFromUriResponse:
         header = convert.upload_header(request.header)
         register = partial(self._store.registration.register_from_uri, header, request.uri, actor=actor_of(context))
-        registered = await self._finish(register)
+        registered = await self._finish(register, self._workers)
         return admin_pb2.RegisterFromUriResponse(
             version=convert.version_message(registered.version),
             existed=registered.existed,
@@ -88,7 +89,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         upload = await asyncio.to_thread(self._store.registration.begin_upload, header)
         try:
             await receive_files(request_iterator, upload)
-            validated = await self._finish(partial(self._store.registration.validate, header, upload))
+            validated = await self._finish(partial(self._store.registration.validate, header, upload), self._workers)
         except InvalidArgument as error:  # found before there was anything to examine
             if error.reason not in set(Reason):
                 raise
@@ -185,7 +186,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         self, request: admin_pb2.CollectGarbageRequest, context: Context
     ) -> admin_pb2.CollectGarbageResponse:
         collect = partial(self._store.collection.collect, dry_run=request.dry_run, actor=actor_of(context))
-        found = await self._finish(collect)
+        found = await self._finish(collect, self._upkeep)
         return admin_pb2.CollectGarbageResponse(
             blobs=found.blobs, bytes=found.bytes, versions=found.versions, digests=found.digests
         )
@@ -193,7 +194,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
     async def VerifyIntegrity(
         self, request: admin_pb2.VerifyIntegrityRequest, context: Context
     ) -> admin_pb2.VerifyIntegrityResponse:
-        found = await self._finish(self._store.verify)
+        found = await self._finish(self._store.verify, self._upkeep)
         return admin_pb2.VerifyIntegrityResponse(
             blobs=found.blobs, bytes=found.bytes, entries=found.entries, problems=found.problems
         )
@@ -205,6 +206,6 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
             adapters=totals.adapters, versions=totals.versions, base_models=totals.base_models, blob_bytes=blob_bytes
         )
 
-    async def _finish(self, work: Callable[[], Result]) -> Result:
+    async def _finish(self, work: Callable[[], Result], threads: Executor) -> Result:
         """Run work to its end even when its caller goes away: a registration cleans up after itself."""
-        return await asyncio.shield(asyncio.wrap_future(self._workers.submit(work)))
+        return await asyncio.shield(asyncio.wrap_future(threads.submit(work)))

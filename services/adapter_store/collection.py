@@ -21,6 +21,7 @@ from services.adapter_store.log.interface import StreamInfo
 from services.adapter_store.records import VersionContent
 from services.adapter_store.steps import commit_step
 from services.adapter_store.streams import ADAPTERS, adapter_of
+from services.common.errors import DataLoss
 
 DELETE_GRACE_SECONDS = 7 * 24 * 3600.0
 BLOB_GRACE_SECONDS = 3600.0
@@ -57,10 +58,14 @@ class Collection:
         """Raises DataLoss, before anything is removed, when a log cannot be read to its end."""
         began = self._journal.clock()
         self._journal.check()
+        known = {stream for stream, _ in self._journal.index.seqs()}
         collected, marks = Collected(), set[str]()
         for info in self._journal.entries.streams():
+            known.discard(info.stream)
             if info.stream.startswith(ADAPTERS):
                 marks.update(self._mark(info, began - self._delete_grace_ns, dry_run, actor, collected))
+        if known:
+            raise _not_listed(min(known))
         self._sweep(marks, began - self._blob_grace_ns, dry_run, collected)
         log.info(
             "collected %d versions, %d blobs, %d bytes%s",
@@ -110,6 +115,15 @@ class Collection:
                 collected.bytes += blob.size
                 if len(collected.digests) < MAX_LISTED:
                     collected.digests.append(blob.digest)
+
+
+def _not_listed(stream: str) -> DataLoss:
+    return DataLoss(
+        "LOG_INCOMPLETE",
+        f"the log does not list {stream}, which the index knows; nothing was swept; check the log's storage, then try "
+        "again",
+        stream=stream,
+    )
 
 
 def _expired(state: AdapterState, number: int, before_ns: int) -> bool:

@@ -32,11 +32,11 @@ async def serving(
     server: GrpcServer, store: AdapterStore, *, stop_grace: float, heartbeat: float = HEARTBEAT_SECONDS
 ) -> AsyncIterator[None]:
     """Serve within the context. Leaving it ends watches at once, and gives other calls `stop_grace` seconds."""
-    with ThreadPoolExecutor(WORKER_THREADS, "worker") as workers:
+    with ThreadPoolExecutor(WORKER_THREADS, "worker") as workers, ThreadPoolExecutor(1, "upkeep") as upkeep:
         async with Feed(store.journal, store.journal.index, heartbeat=heartbeat) as feed:
             store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(AdapterStoreServicer(store, feed), server.server)
             admin_pb2_grpc.add_AdapterAdminServiceServicer_to_server(
-                AdapterAdminServicer(store, workers), server.server
+                AdapterAdminServicer(store, workers, upkeep), server.server
             )
             await server.start()
             await server.set_serving(True)

@@ -155,6 +155,21 @@ def test_nothing_is_swept_while_a_log_has_a_hole(aged: RunningStore, offset: lis
     assert any("not entry 2" in problem for problem in problems(aged.client))
 
 
+def test_nothing_is_swept_while_a_log_is_not_listed(
+    aged: RunningStore, offset: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aged.client.register("x", make_adapter())
+    before, streams = aged.blob_files(), aged.store.journal.entries.streams
+    offset[0] = 8 * DAY_NS
+    monkeypatch.setattr(
+        aged.store.journal.entries, "streams", lambda: (info for info in streams() if not info.stream.endswith("/x"))
+    )
+    with pytest.raises(DataLoss, match="adapters/default/x") as caught:
+        aged.client("CollectGarbage")
+    assert caught.value.reason == "LOG_INCOMPLETE"
+    assert aged.blob_files() == before
+
+
 def blob_of(running: RunningStore, digest: str) -> Path:
     return next((running.data_dir / "blobs").rglob(digest.removeprefix("sha256:")))
 

@@ -59,10 +59,16 @@ class DiskLog:
             return None
 
     def streams(self) -> Iterator[StreamInfo]:
-        for directory, _, files in os.walk(self._log):
+        for directory, _, files in os.walk(self._log, onerror=_raise):
             seqs = [int(found[1]) for file in files if (found := _ENTRY.fullmatch(file))]
             if seqs:
                 yield StreamInfo(str(Path(directory).relative_to(self._log)), max(seqs), len(seqs))
 
     def _path(self, stream: str, seq: int) -> Path:
         return self._log / stream / f"{seq:012d}.json"
+
+
+def _raise(error: OSError) -> None:
+    """A directory that cannot be read is no empty one: what is not listed is not marked, and would be swept."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
