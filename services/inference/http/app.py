@@ -74,4 +74,5 @@ class _Face:
     async def metrics(self, _request: Request) -> Response:
         stats = await self._serving.engine.stats()
         max_loras = self._serving.config.adapters.max_loras
-        return Response(metrics.render(stats, max_loras), headers={"content-type": CONTENT_TYPE_LATEST})
+        page = metrics.render(stats, max_loras, self._serving.resolver.snapshot_age)
+        return Response(page, headers={"content-type": CONTENT_TYPE_LATEST})

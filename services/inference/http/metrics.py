@@ -12,20 +12,22 @@ from prometheus_client.registry import Collector
 from services.inference.engine.messages import EngineStats, ResidentAdapter
 
 
-def render(stats: EngineStats, max_loras: int) -> bytes:
+def render(stats: EngineStats, max_loras: int, snapshot_age: float) -> bytes:
     """The exposition of `stats` in the text format, whatever a scraper prefers: prometheus_client's OpenMetrics writes
     an underscore for each colon, and so would rename every metric."""
     registry = CollectorRegistry()
-    registry.register(StatsCollector(stats, max_loras))
+    registry.register(StatsCollector(stats, max_loras, snapshot_age))
     return generate_latest(registry)
 
 
 class StatsCollector(Collector):
     """One moment's stats under the names operators already watch on vLLM, and our own under `multilora:`."""
 
-    def __init__(self, stats: EngineStats, max_loras: int) -> None:
+    def __init__(self, stats: EngineStats, max_loras: int, snapshot_age: float) -> None:
+        """snapshot_age: seconds since the store last confirmed what names mean; inf when it never did"""
         self._stats = stats
         self._max_loras = max_loras
+        self._snapshot_age = snapshot_age
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats
@@ -43,6 +45,8 @@ class StatsCollector(Collector):
         yield _counter("vllm:generation_tokens", "Tokens generated", stats.generation_tokens)
         yield _counter("multilora:preemptions", "Running requests put back for KV cache room", stats.preemptions)
         yield _counter("multilora:steps", "Engine steps", stats.steps)
+        age = "Seconds since the store confirmed what adapter names mean; +Inf when it never did"
+        yield _gauge("multilora:name_snapshot_age_seconds", age, self._snapshot_age)
 
     def _cache_config(self) -> Metric:
         family = GaugeMetricFamily(

@@ -28,6 +28,7 @@ NAMES = {
     "vllm:generation_tokens_total",
     "multilora:preemptions_total",
     "multilora:steps_total",
+    "multilora:name_snapshot_age_seconds",
 }
 
 
@@ -84,11 +85,12 @@ def test_waiting_leaves_out_what_is_resident() -> None:
         resident("t/busy", "GPU", 2),
     )
     stats = EngineStats(1, 2, 100, 75, 16, 0, 0, 0, 0, 0, 0, 0, adapters)
-    found = samples(text_string_to_metric_families(render(stats, 4).decode()))
+    found = samples(text_string_to_metric_families(render(stats, 4, 0.5).decode()))
     assert found["vllm:lora_requests_info"][0] == {
         "max_lora": "4",
         "running_lora_adapters": "t/both,t/busy",
         "waiting_lora_adapters": "t/awaited",
     }
     assert found["vllm:kv_cache_usage_perc"][1] == 0.25
+    assert found["multilora:name_snapshot_age_seconds"][1] == 0.5
     assert found["vllm:lora_adapters_active"][1] == 2
