@@ -22,6 +22,7 @@ import pytest
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
 from tests.assets.tiny_model import make_tiny_llama
+from tests.contracts.redis_server import own_redis, redis_server  # noqa: F401 -- as the next
 from tests.contracts.s3_server import fault_proxy, s3_server  # noqa: F401 -- one server for all suites of a session
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +82,17 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
         choices=sorted(S3_ADDRESSING),
         help="where the bucket is named: path or host name (default: the host name on AWS, the path elsewhere)",
     )
-    parser.add_argument("--index", default="", help="where the index is (default: index.sqlite3 in the data directory)")
+    parser.add_argument(
+        "--index",
+        default=os.environ.get("MULTILORA_INDEX", ""),
+        help="where the index is: a path, redis://host:port/db or rediss://…; user and password for it come from "
+        "$REDIS_USERNAME and $REDIS_PASSWORD (default: $MULTILORA_INDEX, or index.sqlite3 in the data directory)",
+    )
+    parser.add_argument(
+        "--redis-prefix",
+        default=os.environ.get("MULTILORA_REDIS_PREFIX", ""),
+        help="of every key of the index in Redis (default: $MULTILORA_REDIS_PREFIX, or multilora)",
+    )
     parser.add_argument(
         "--delete-grace",
         type=float,
@@ -98,6 +109,7 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
         max_upload_bytes=flags.max_upload_bytes,
         blobs=flags.blobs,
         index=flags.index,
+        redis_prefix=flags.redis_prefix,
         s3_endpoint_url=flags.s3_endpoint_url,
         s3_region=flags.s3_region,
         s3_addressing=flags.s3_addressing,
@@ -119,7 +131,7 @@ async def serve(config: StoreConfig) -> None:
     store = AdapterStore(
         blobs,
         entries,
-        open_index(config.index_place),
+        open_index(config.index_place, prefix=config.redis_prefix),
         max_upload_bytes=config.max_upload_bytes,
         uri_roots=config.uri_roots,
         delete_grace=config.delete_grace,
@@ -127,7 +139,7 @@ async def serve(config: StoreConfig) -> None:
     store.heal()
     async with serving(server, store, stop_grace=STOP_GRACE_SECONDS):
         print(f"listening on {config.host}:{port}", flush=True)
-        log.info("blobs and log in %s, index in %s", config.blobs_place, config.index_place)
+        log.info("blobs and log in %s, index in %s", config.blobs_place, config.index_shown)
         await wait_for_signal()
         log.info("stopping")
     store.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 from services.adapter_store.blobs.disk import DiskBlobs
 from services.adapter_store.blobs.interface import Blobs
 from services.adapter_store.index.interface import Index
+from services.adapter_store.index.redis_config import SCHEMES, RedisConfig, without_password
 from services.adapter_store.index.sqlite import SqliteIndex
 from services.adapter_store.log.disk import DiskLog
 from services.adapter_store.log.interface import AdapterLog
@@ -58,14 +59,32 @@ def _open_s3(config: S3Config, staging: Path) -> tuple[Blobs, AdapterLog]:
     return blobs, S3Log(bucket)
 
 
-def open_index(place: str) -> Index:
-    """An index. Raises InvalidArgument for a place of another kind, Unavailable."""
-    _check_scheme(place, "--index", "a path")
+def open_index(place: str, *, prefix: str = "") -> Index:
+    """An index; prefix: of keys, for Redis only. Raises InvalidArgument for a place of another kind, Unavailable,
+    FailedPrecondition when Redis refuses.
+    """
+    if place.startswith(SCHEMES):
+        return _open_redis(RedisConfig.parse(place, prefix))
+    _check_scheme(place, "--index", "a path, redis://host:port/db or rediss://host:port/db")
     path = Path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
     return SqliteIndex(path)
 
 
+def _open_redis(config: RedisConfig) -> Index:
+    try:
+        from services.adapter_store.index.redis import RedisIndex
+    except ImportError as error:
+        raise InvalidArgument(
+            "INVALID_FLAG",
+            f"--index is {config.where!r}, which needs redis-py: pip install 'multilora[redis]'",
+            field="--index",
+        ) from error
+    return RedisIndex(config)
+
+
 def _check_scheme(place: str, flag: str, known: str) -> None:
     if not place or ":" in place.split("/")[0]:
-        raise InvalidArgument("INVALID_FLAG", f"{flag} is {place!r}, which is not known; give {known}", field=flag)
+        raise InvalidArgument(
+            "INVALID_FLAG", f"{flag} is {without_password(place)!r}, which is not known; give {known}", field=flag
+        )

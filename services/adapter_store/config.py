@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.adapter_store.backends import INDEX_FILE
 from services.adapter_store.collection import DELETE_GRACE_SECONDS
+from services.adapter_store.index.redis_config import SCHEMES, RedisConfig, without_password
 from services.adapter_store.s3_config import S3Config
 from services.common.errors import InvalidArgument
 
@@ -24,6 +25,7 @@ class StoreConfig:
     uri_roots: directories that RegisterFromUri may read; none means it may not
     max_upload_bytes: of both files of one upload together
     blobs, index: places of blobs and log, and of the index; empty: in data_dir, where uploads wait in any case
+    redis_prefix: of the index's keys in Redis; empty: the default
     s3_endpoint_url, s3_region: empty: the AWS environment's
     s3_addressing: of the bucket: in the path, in the host name, or whichever suits the endpoint
     delete_grace: seconds in which a deleted version can be brought back
@@ -36,7 +38,8 @@ class StoreConfig:
     uri_roots: tuple[Path, ...] = ()
     max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES
     blobs: str = ""
-    index: str = ""
+    index: str = field(default="", repr=False)
+    redis_prefix: str = ""
     s3_endpoint_url: str = ""
     s3_region: str = ""
     s3_addressing: str = "auto"
@@ -68,6 +71,10 @@ class StoreConfig:
             raise _invalid("--s3-endpoint-url", "or --s3-region is for --blobs s3://bucket/prefix, which is not given")
         if self.blobs.startswith("s3://"):
             S3Config.parse(self.blobs)
+        if self.index.startswith(SCHEMES):
+            RedisConfig.parse(self.index, self.redis_prefix)
+        elif self.redis_prefix:
+            raise _invalid("--redis-prefix", "is for --index redis://host:port/db, which is not given")
 
     @property
     def blobs_place(self) -> str:
@@ -76,6 +83,11 @@ class StoreConfig:
     @property
     def index_place(self) -> str:
         return self.index or str(self.data_dir / INDEX_FILE)
+
+    @property
+    def index_shown(self) -> str:
+        """The place of the index, without a password."""
+        return without_password(self.index_place)
 
     @property
     def address(self) -> str:

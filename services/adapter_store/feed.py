@@ -144,6 +144,10 @@ class Feed:
         if now.epoch == last.epoch and now.revision < last.revision:
             log.warning("the index went back from revision %d to %d; it is healed", last.revision, now.revision)
             now = await asyncio.to_thread(self._heal, now.epoch)
+        elif self._index.suspect():
+            log.warning("the index may have lost entries; it is compared with the log")
+            await asyncio.to_thread(self._journal.heal)
+            now = await asyncio.to_thread(self._index.position)
         if now.epoch != last.epoch:
             self._take(now, [], fresh=True)
             return

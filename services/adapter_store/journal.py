@@ -73,29 +73,33 @@ class Journal:
 
     def catch_up(self, stream: str) -> Folded:
         """Apply to the index what the log has beyond it: the stream as it is then."""
-        stored = self.index.get(stream)
+        return self._catch_up(stream, self.index)
+
+    def _catch_up(self, stream: str, index: Index) -> Folded:
+        stored = index.get(stream)
         seq = stored.seq if stored is not None else 0
         state = load_state(stream, stored.state if stored is not None else None)
         while (data := self.entries.read(stream, seq + 1)) is not None:
             seq += 1
             entry = decode(data, f"{stream}/{seq}")
             state = fold(state, entry)
-            self.index.apply(index_write(stream, seq, entry, state))
+            index.apply(index_write(stream, seq, entry, state))
         return Folded(seq, state)
 
     def heal(self) -> int:
         """Catch up every stream whose log is ahead of the index: how many there were.
 
-        An index that lacks entries may have lost what Watch clients were told already, so it begins a new epoch.
-        Raises DataLoss, as `check` does.
+        An index that lacks entries may have lost what Watch clients were told already, so it begins a new epoch; before
+        anything else, as whoever goes on with this after a crash would not know. Raises DataLoss, as `check` does.
         """
-        with self._healing:
-            epoch = self.index.position().epoch
+        with self._healing, self.index.healing() as index:
+            epoch = index.position().epoch
             behind = self.check()
-            for stream in behind:
-                self.catch_up(stream)
             if behind:
-                self.index.renew(epoch)
+                index.renew(epoch)
+            for stream in behind:
+                self._catch_up(stream, index)
+            if behind:
                 log.warning(
                     "the index lacked entries of %d streams, such as %s; it has them now", len(behind), behind[0]
                 )

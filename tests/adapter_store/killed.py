@@ -1,6 +1,7 @@
 """What test_kill.py runs as a process of its own, to be killed: `python -m tests.adapter_store.killed OP PLACES`.
 
-PLACES is JSON: blobs, index, staging and endpoint_url of a store, and target, the directory of a copy.
+PLACES is JSON: blobs, index, staging and endpoint_url of a store, prefix of an index in Redis, and target, the
+directory of a copy, whose index is of the same kind.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def open_store(places: dict[str, str]) -> AdapterStore:
     opened = open_place(places["blobs"], staging=Path(places["staging"]), endpoint_url=places["endpoint_url"] or None)
     return AdapterStore(
         *opened,
-        open_index(places["index"]),
+        open_index(places["index"], prefix=places.get("prefix", "")),
         max_upload_bytes=MAX_UPLOAD_BYTES,
         delete_grace=0,
         blob_grace=-AHEAD_SECONDS,
@@ -38,8 +39,10 @@ def open_store(places: dict[str, str]) -> AdapterStore:
 
 
 def open_target(places: dict[str, str]) -> AdapterStore:
-    target = {"blobs": places["target"], "index": f"{places['target']}/index.sqlite3", "endpoint_url": ""}
-    return open_store(places | target)
+    target = {"blobs": places["target"], "endpoint_url": ""}
+    if prefix := places.get("prefix"):
+        return open_store(places | target | {"prefix": f"{prefix}-target"})
+    return open_store(places | target | {"index": f"{places['target']}/index.sqlite3"})
 
 
 def register(store: AdapterStore, seed: int, **fields: Any) -> Registered:

@@ -29,6 +29,7 @@ from tests.adapter_store import uploads
 from tests.adapter_store.conftest import TIMEOUT_SECONDS
 from tests.adapter_store.killed import NAME, OPERATIONS, SPLIT, open_store, open_target, register
 from tests.contracts import test_s3_kill
+from tests.contracts.redis_server import RedisServer
 from tests.contracts.s3_server import S3Server
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,12 @@ OF_BACKENDS = {
 CASES = [("disk", operation, step) for operation in PASSED for step in PASSED[operation] + OF_BACKENDS[operation]]
 CASES += [("s3", operation, step) for operation in PASSED for step in (*PASSED[operation], *SQLITE)]
 CASES = [case for case in CASES if case != ("s3", "reindex", "index.sqlite.written")]
+# Blobs and log on disk, index in Redis: the steps around the index once more.
+CASES += [
+    ("redis", operation, step.replace("sqlite", "redis"))
+    for backend, operation, step in CASES
+    if backend == "disk" and step.startswith(("journal.", "index.", "copy.entry"))
+]
 
 Places = dict[str, str]
 
@@ -86,6 +93,9 @@ def places(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         where["blobs"] = f"s3://{server.bucket}/kill-{secrets.token_hex(8)}"
         where["endpoint_url"] = server.endpoint_url
         monkeypatch.setenv("AWS_REGION", server.region)
+    if request.param == "redis":
+        redis: RedisServer = request.getfixturevalue("redis_server")
+        where["index"], where["prefix"] = redis.url(), f"kill-{secrets.token_hex(8)}"
     where["target"] = str(tmp_path / "target")
     store = open_store(where)
     config = json.dumps(uploads.MODEL_CONFIG)

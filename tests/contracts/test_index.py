@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,24 +10,36 @@ from pathlib import Path
 import pytest
 
 from services.adapter_store.index.interface import Index, Position, Stored, Totals, Write
+from services.adapter_store.index.redis import RedisIndex
+from services.adapter_store.index.redis_config import RedisConfig
 from services.adapter_store.index.sqlite import SqliteIndex
+from tests.contracts.redis_server import RedisServer
 
 FEED = 5
 Open = Callable[[], Index]
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(params=["sqlite", "redis"])
 def open_index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Opens one and the same index, as often as it is called: as several processes do."""
     opened: list[Index] = []
+    server: RedisServer | None = request.getfixturevalue("redis_server") if request.param == "redis" else None
+    prefix, before = f"test-{secrets.token_hex(8)}", server.keys() if server else set()
 
-    def sqlite() -> Index:
-        opened.append(SqliteIndex(tmp_path / "index.sqlite3", feed_length=FEED))
+    def open_one() -> Index:
+        if server:
+            opened.append(RedisIndex(RedisConfig.parse(server.url(), prefix), feed_length=FEED))
+        else:
+            opened.append(SqliteIndex(tmp_path / "index.sqlite3", feed_length=FEED))
         return opened[-1]
 
-    yield {"sqlite": sqlite}[request.param]
+    yield open_one
     for index in opened:
         index.close()
+    if server:
+        left = server.keys() - before
+        assert {key for key in left if not key.startswith(f"{{{prefix}}}:")} == set()
+        assert {key for key in left if ":new:" in key or ":lease" in key} == set()
 
 
 @pytest.fixture

@@ -120,6 +120,16 @@ class Index(IndexWriter, Protocol):
         The revision goes on; the feed is emptied. Returns the position then.
         """
 
+    def suspect(self) -> bool:
+        """Whether the backend may have lost entries since this process last compared it with the log.
+
+        Until `healing` ended well, what serves names (get, scan, documents, has_pack, named, totals) raises
+        Unavailable: an old answer, or none, would be wrong. As of the last call of another method; costs nothing.
+        """
+
+    def healing(self) -> AbstractContextManager[Index]:
+        """The same index, to be compared with the log and caught up; readable though suspect."""
+
     def rebuild(self) -> AbstractContextManager[IndexWriter]:
         """Replace everything by what is applied within the `with` block, in a new epoch, from revision 1.
 
