@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,36 +12,41 @@ from pathlib import Path
 import pytest
 
 from services.adapter_store.index.interface import Index, Position, Stored, Totals, Write
-from services.adapter_store.index.redis import RedisIndex
-from services.adapter_store.index.redis_config import RedisConfig
-from services.adapter_store.index.sqlite import SqliteIndex
+from tests.contracts import index_racer
+from tests.contracts.index_racer import open_at
 from tests.contracts.redis_server import RedisServer
 
+ROOT = Path(__file__).parents[2]
 FEED = 5
 Open = Callable[[], Index]
 
 
 @pytest.fixture(params=["sqlite", "redis"])
-def open_index(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[str]]:
+    """Where the test's index is, and the prefix of its keys; nothing is left outside of it."""
+    if request.param == "sqlite":
+        yield [str(tmp_path / "index.sqlite3")]
+        return
+    server: RedisServer = request.getfixturevalue("redis_server")
+    prefix, before = f"test-{secrets.token_hex(8)}", server.keys()
+    yield [server.url(), prefix]
+    left = server.keys() - before
+    assert {key for key in left if not key.startswith(f"{{{prefix}}}:")} == set()
+    assert {key for key in left if ":new:" in key or key.endswith(":lease")} == set()
+
+
+@pytest.fixture
+def open_index(place: list[str]) -> Iterator[Open]:
     """Opens one and the same index, as often as it is called: as several processes do."""
     opened: list[Index] = []
-    server: RedisServer | None = request.getfixturevalue("redis_server") if request.param == "redis" else None
-    prefix, before = f"test-{secrets.token_hex(8)}", server.keys() if server else set()
 
     def open_one() -> Index:
-        if server:
-            opened.append(RedisIndex(RedisConfig.parse(server.url(), prefix), feed_length=FEED))
-        else:
-            opened.append(SqliteIndex(tmp_path / "index.sqlite3", feed_length=FEED))
+        opened.append(open_at(*place, feed_length=FEED))
         return opened[-1]
 
     yield open_one
     for index in opened:
         index.close()
-    if server:
-        left = server.keys() - before
-        assert {key for key in left if not key.startswith(f"{{{prefix}}}:")} == set()
-        assert {key for key in left if ":new:" in key or ":lease" in key} == set()
 
 
 @pytest.fixture
@@ -84,6 +91,39 @@ def test_writers_race_and_one_wins(index: Index, open_index: Open) -> None:
         with ThreadPoolExecutor(2) as pool:
             revisions = list(pool.map(lambda each, seq=seq: each.apply(write(seq=seq)), indexes))
         assert sorted(revisions, key=str) == [seq, None]
+
+
+def test_processes_race_and_one_wins(index: Index, open_index: Open, place: list[str]) -> None:
+    command = [sys.executable, "-m", "tests.contracts.index_racer", *place]
+    racers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    revisions = [int(line) for racer in racers for line in racer.communicate(timeout=60)[0].split()]
+    assert [racer.returncode for racer in racers] == [0, 0, 0]
+    assert sorted(revisions) == list(range(1, index_racer.ENTRIES + 1))
+    assert index.position().revision == index_racer.ENTRIES
+    assert index.totals() == Totals(1, index_racer.ENTRIES, 0)
+    assert open_index().get(index_racer.STREAM) == Stored(index_racer.ENTRIES, "{}")
+
+
+def test_pages_cover_everything_once(index: Index) -> None:
+    streams = [f"adapters/tenant-{tenant}/x{n}" for tenant in range(5) for n in range(40)]
+    for stream in streams:
+        index.apply(write(stream))
+    for prefix in ("", "adapters/", "adapters/tenant-0/", "adapters/tenant-3/", "adapters/tenant"):
+        found: list[str] = []
+        while page := index.scan(prefix, found[-1] if found else "", 7):
+            found += [stream for stream, _ in page]
+        assert found == sorted(stream for stream in streams if stream.startswith(prefix))
+
+
+def test_an_index_is_readable_while_it_is_healed(index: Index) -> None:
+    index.apply(write())
+    assert not index.suspect()
+    with index.healing() as readable:
+        assert readable.get("adapters/acme/x") == Stored(1, "state 1")
+        assert readable.apply(write(seq=2)) == 2
+        assert readable.renew(readable.position().epoch) == index.position()
+    assert not index.suspect()
+    assert index.get("adapters/acme/x") == Stored(2, "state 2")
 
 
 def test_streams_are_scanned_in_byte_order(index: Index) -> None:

@@ -50,13 +50,13 @@ class RedisConfig:
             query = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
             port = DEFAULT_PORT if parts.port is None else parts.port
         except ValueError:
-            raise _invalid(url) from None
+            raise _invalid() from None
         database = re.fullmatch(r"/?([0-9]{0,5})", parts.path)
         tls = parts.scheme == "rediss"
         if not url.startswith(SCHEMES) or not parts.hostname or database is None or parts.fragment:
-            raise _invalid(url)
+            raise _invalid()
         if set(query) - set(_TLS_FILES if tls else ()):
-            raise _invalid(url)
+            raise _invalid()
         if not re.fullmatch(r"[A-Za-z0-9._:-]{0,64}", prefix):
             raise InvalidArgument(
                 "INVALID_FLAG",
@@ -86,13 +86,14 @@ class RedisConfig:
 
 def without_password(url: str) -> str:
     """Any URL, right or wrong, fit for a message."""
-    return re.sub(r"//.*@", "//", url, flags=re.DOTALL)
+    return re.sub(r"//.*@", "//", url, flags=re.DOTALL).partition("?")[0]
 
 
-def _invalid(url: str) -> InvalidArgument:
+def _invalid() -> InvalidArgument:
     return InvalidArgument(
         "INVALID_FLAG",
-        f"--index is {without_password(url)!r}; redis://host:port/db or rediss://host:port/db is needed, with "
+        # the address is not repeated: wherever it is wrong, a password may be in it
+        "--index is no address of a Redis; redis://host:port/db or rediss://host:port/db is needed, with "
         "?ssl_ca_certs=, ssl_certfile= and ssl_keyfile= for the latter; user and password come before the host, with "
         "%40 for @, or from REDIS_USERNAME and REDIS_PASSWORD",
         field="--index",

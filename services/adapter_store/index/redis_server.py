@@ -25,7 +25,6 @@ from services.common.errors import FailedPrecondition
 _SCRIPTS = Path(__file__).with_name("lua")
 _BACKOFF_SECONDS = 0.05
 _BACKOFF_MOST_SECONDS = 1.0
-_HEALTH_CHECK_SECONDS = 15
 
 
 class RedisServer:
@@ -48,7 +47,6 @@ class RedisServer:
             socket_connect_timeout=config.connect_timeout,
             socket_timeout=config.timeout,
             socket_keepalive=True,
-            health_check_interval=_HEALTH_CHECK_SECONDS,
             retry=Retry(ExponentialWithJitterBackoff(_BACKOFF_MOST_SECONDS, _BACKOFF_SECONDS), config.retries),
             retry_on_error=[BusyLoadingError, ConnectionError, TimeoutError],
             redis_connect_func=cast("Callable[[], None]", self._on_connect),  # called with the connection
