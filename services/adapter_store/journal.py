@@ -94,7 +94,7 @@ class Journal:
         """
         with self._healing, self.index.healing() as index:
             epoch = index.position().epoch
-            behind = self.check()
+            behind = self._check(index)
             if behind:
                 index.renew(epoch)
             for stream in behind:
@@ -110,7 +110,10 @@ class Journal:
 
         Raises DataLoss, naming a stream, when the index holds entries that the log has lost, or the log has a hole.
         """
-        applied, behind = dict(self.index.seqs()), []
+        return self._check(self.index)
+
+    def _check(self, index: Index) -> list[str]:
+        applied, behind = dict(index.seqs()), []
         for info in self.entries.streams():
             if info.count < info.last:
                 missing = (seq for seq in range(1, info.last) if self.entries.read(info.stream, seq) is None)

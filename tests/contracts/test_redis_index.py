@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis._parsers.base import BaseParser
 
 from services.adapter_store.blobs.disk import DiskBlobs
 from services.adapter_store.index.interface import Stored, Write
 from services.adapter_store.index.redis import RedisIndex
 from services.adapter_store.index.redis_config import RedisConfig
+from services.adapter_store.index.redis_errors import redis_errors
 from services.adapter_store.log.disk import DiskLog
 from services.adapter_store.store import AdapterStore
-from services.common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
+from services.common.errors import FailedPrecondition, InvalidArgument, MultiloraError, ResourceExhausted, Unavailable
 from services.common.references import AdapterReference
 from tests.adapter_store.test_fold import PROFILE
 from tests.adapter_store.test_journal import NAME, add_version
@@ -221,7 +223,7 @@ def test_a_replica_a_full_server_and_one_that_evicts_are_told(own_redis: RedisSe
 
 @pytest.fixture(params=["plain", "tls"])
 def restricted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisServer]:
-    """A server whose user `app` may do what the README says, to keys of one prefix."""
+    """A server whose user `app` may do what the store does, to keys of one prefix."""
     if request.param == "tls" and not has_tls():
         pytest.skip("TLS needs redis-server and openssl on the PATH")
     with run_redis(tmp_path / "redis", tls=request.param == "tls", prefix=f"{{{PREFIX}}}:*") as server:
@@ -273,6 +275,57 @@ def test_no_user_and_no_trust_are_told(restricted: RedisServer) -> None:
         for wrong in ({"ca_certs": ""}, {"tls": False}):
             with pytest.raises(Unavailable, match="INDEX_UNAVAILABLE"):
                 RedisIndex(dataclasses.replace(known, **wrong, retries=0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("LOADING Redis is loading the dataset in memory", "INDEX_UNAVAILABLE"),
+        ("READONLY You can't write against a read only replica.", "INDEX_UNAVAILABLE"),
+        ("MASTERDOWN Link with MASTER is down", "INDEX_UNAVAILABLE"),
+        ("CLUSTERDOWN The cluster is down", "INDEX_UNAVAILABLE"),
+        ("MISCONF Redis is configured to save RDB snapshots, but it's unable to persist to disk", "INDEX_UNAVAILABLE"),
+        ("NOREPLICAS Not enough good replicas to write.", "INDEX_UNAVAILABLE"),
+        ("BUSY Redis is busy running a script.", "INDEX_UNAVAILABLE"),
+        ("OOM command not allowed when used memory > 'maxmemory'.", "INDEX_FULL"),
+        ("NOPERM this user has no permissions to run the 'hset' command", "INDEX_ACCESS_DENIED"),
+        ("NOAUTH Authentication required.", "INDEX_ACCESS_DENIED"),
+        ("WRONGPASS invalid username-password pair or user is disabled.", "INDEX_ACCESS_DENIED"),
+        ("ERR The user executing the script can't run this command or subcommand", "INDEX_ACCESS_DENIED"),
+        ("WRONGTYPE Operation against a key holding the wrong kind of value", "INDEX_REFUSED"),
+    ],
+)
+def test_answers_become_typed_errors(answer: str, reason: str) -> None:
+    with pytest.raises(MultiloraError) as caught, redis_errors("redis://h:1/0"):
+        raise BaseParser.parse_error(answer)
+    assert caught.value.reason == reason
+    assert "redis://h:1/0" in caught.value.message
+    assert (caught.value.retry_after is not None) == (reason in ("INDEX_UNAVAILABLE", "INDEX_FULL"))
+
+
+def test_a_suspect_index_does_not_say_what_the_log_must_list(
+    stores: list[AdapterStore], own_redis: RedisServer
+) -> None:
+    own_redis.wipe()
+    with pytest.raises(Unavailable, match="INDEX_HEALING"):
+        stores[0].collection.collect(dry_run=False)
+    stores[0].heal()
+    stores[0].collection.collect(dry_run=True)
+
+
+def test_nothing_of_an_index_expires(redis_server: RedisServer) -> None:
+    prefix = f"test-{secrets.token_hex(8)}"
+    index = RedisIndex(config(redis_server, prefix))
+    write = Write(STREAM, 1, "{}", "{}", {"1": "{}"}, ["sha256:1"], 1)
+    index.apply(write)
+    with index.rebuild() as writer:
+        writer.apply(write)
+    index.apply(dataclasses.replace(write, seq=2, documents={"2": "{}"}))
+    with redis_server.admin() as admin:
+        keys = list(admin.scan_iter(f"{{{prefix}}}:*"))
+        assert len(keys) == 9
+        assert {admin.ttl(key) for key in keys} == {-1}
+    index.close()
 
 
 def test_addresses() -> None:

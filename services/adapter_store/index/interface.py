@@ -123,8 +123,8 @@ class Index(IndexWriter, Protocol):
     def suspect(self) -> bool:
         """Whether the backend may have lost entries since this process last compared it with the log.
 
-        Until `healing` ended well, what serves names (get, scan, documents, has_pack, named, totals) raises
-        Unavailable: an old answer, or none, would be wrong. As of the last call of another method; costs nothing.
+        Until `healing` ended well, every read but `position` and `changes` raises Unavailable: an old answer, or none,
+        would be wrong. As of the last call of another method; costs nothing.
         """
 
     def healing(self) -> AbstractContextManager[Index]:

@@ -13,6 +13,7 @@
     {<prefix>}:new:<token>:…        what a rebuild writes; expires
 
 The braces make one slot of them in a cluster. Every write is one script (lua/), handed all keys it touches.
+A user of its own needs `~{<prefix>}:*` and the commands that tests/contracts/redis_server.py lists.
 
 Redis may lose what it confirmed: a crash, a failover, a FLUSHALL. Then this index is suspect, and what serves names
 gets Unavailable instead of an old answer, until `healing` compared it with the log:
@@ -65,10 +66,9 @@ class _Meta:
 
 @dataclass(slots=True)
 class _Trust:
-    """The run and incarnation that this process compared with the log, and the incarnation it saw last."""
+    """The incarnation and run that this process compared with the log, and the incarnation it saw last."""
 
-    runs: int = 0
-    incarnation: str = ""
+    believed: tuple[str, int] = ("", 0)
     seen: str = ""
 
 
@@ -100,7 +100,7 @@ class RedisIndex:
         self._guarded = True
         try:
             self._server.check()
-            self._believe(self._look().incarnation, self._server.runs)
+            self._trust.believed = self._look().incarnation, self._server.runs
         except BaseException:
             self.close()
             raise
@@ -112,7 +112,7 @@ class RedisIndex:
         return self._look().position
 
     def suspect(self) -> bool:
-        return (self._trust.seen, self._server.runs) != (self._trust.incarnation, self._trust.runs)
+        return self._trust.believed != (self._trust.seen, self._server.runs)
 
     @contextlib.contextmanager
     def healing(self) -> Iterator[Index]:
@@ -120,7 +120,7 @@ class RedisIndex:
         unguarded = copy.copy(self)
         unguarded._guarded = False
         yield unguarded
-        self._believe(before.incarnation, runs)
+        self._trust.believed = before.incarnation, runs
 
     def get(self, stream: str) -> Stored | None:
         return _stored(self._read("HGET", self._states, stream))
@@ -141,7 +141,7 @@ class RedisIndex:
     def seqs(self) -> Iterator[tuple[str, int]]:
         cursor = 0
         while True:
-            cursor, page = self._server("HSCAN", self._seqs, cursor, "COUNT", _SCAN)
+            cursor, page = self._read("HSCAN", self._seqs, cursor, "COUNT", _SCAN)
             for stream, text in page.items():
                 yield stream, int(text.partition(" ")[0])
             if not int(cursor):
@@ -214,7 +214,7 @@ class RedisIndex:
                 self._server.script("abandon", [*keys, self._lease], token)
             raise
         commit_step("index.redis.rebuilt")
-        self._believe(before.incarnation, runs)
+        self._trust.believed = before.incarnation, runs
 
     @property
     def _lease_ms(self) -> int:
@@ -254,8 +254,9 @@ class RedisIndex:
         self._guard(meta)
         return answer
 
-    def _guard(self, meta: list[str | None]) -> None:
-        if self._guarded and (self._take_in(meta) is None or self.suspect()):
+    def _guard(self, answer: list[Any]) -> None:
+        meta = self._take_in(answer)
+        if self._guarded and (meta is None or self._trust.believed != (meta.incarnation, self._server.runs)):
             raise self._suspicious()
 
     def _look(self) -> _Meta:
@@ -265,9 +266,6 @@ class RedisIndex:
             meta = self._take_in(self._server.script("begin", self._keys, _SCHEMA, new_id(), new_id()))
         assert meta is not None
         return meta
-
-    def _believe(self, incarnation: str, runs: int) -> None:
-        self._trust.incarnation, self._trust.runs = incarnation, runs
 
     def _take_in(self, answer: list[Any]) -> _Meta | None:
         schema, epoch, revision, incarnation = answer

@@ -29,7 +29,6 @@ _PASSING = (
     "BUSY",
     "UNBLOCKED",
 )
-_DENIED = ("NOPERM", "NOAUTH", "WRONGPASS")
 
 
 @contextlib.contextmanager
@@ -56,9 +55,9 @@ def _told(where: str, error: Exception) -> MultiloraError:
     from redis import exceptions
 
     text = str(error)
-    word = getattr(error, "status_code", None) or text.partition(" ")[0]
+    word = text.partition(" ")[0]
     denied = (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError)
-    if isinstance(error, denied) or word in _DENIED or "can't run this command" in text:
+    if isinstance(error, denied) or "can't run this command" in text:
         return FailedPrecondition(
             "INDEX_ACCESS_DENIED",
             f"the Redis on {where} does not let the store in: {text}; check REDIS_USERNAME and REDIS_PASSWORD (or "
@@ -70,7 +69,14 @@ def _told(where: str, error: Exception) -> MultiloraError:
             f"the Redis on {where} is at its maxmemory: {text}; give it more",
             retry_after=RETRY_AFTER_SECONDS,
         )
-    if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError) or word in _PASSING:
+    passing = (
+        exceptions.ConnectionError,  # LOADING is one
+        exceptions.TimeoutError,
+        exceptions.ReadOnlyError,
+        exceptions.ClusterDownError,
+        exceptions.TryAgainError,
+    )
+    if isinstance(error, passing) or word in _PASSING:
         return unavailable(where, text or type(error).__name__)
     return FailedPrecondition(
         "INDEX_REFUSED", f"the Redis on {where} refuses: {text}; check that nothing else uses its --redis-prefix"
