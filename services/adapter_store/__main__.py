@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from services.adapter_store.backends import open_index, open_place
+from services.adapter_store.backends import open_index, open_place, open_root
 from services.adapter_store.collection import DELETE_GRACE_SECONDS
 from services.adapter_store.config import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_PORT, S3_ADDRESSING, StoreConfig
 from services.adapter_store.server import make_server, serving
@@ -58,10 +58,10 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
     )
     parser.add_argument(
         "--uri-root",
-        type=Path,
         action="append",
         default=[],
-        help="directory that RegisterFromUri may read; may be given more than once (default: none)",
+        help="directory or s3://bucket/prefix that RegisterFromUri may read beneath; may be given more than once "
+        "(default: none)",
     )
     parser.add_argument(
         "--max-upload-bytes",
@@ -133,7 +133,7 @@ async def serve(config: StoreConfig) -> None:
         entries,
         open_index(config.index_place, prefix=config.redis_prefix),
         max_upload_bytes=config.max_upload_bytes,
-        uri_roots=config.uri_roots,
+        uri_roots=list(map(open_root, config.uri_root_places)),
         delete_grace=config.delete_grace,
     )
     store.heal()

@@ -6,6 +6,7 @@ A place holds blobs and log together, as the log is worth nothing without the bl
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from services.adapter_store.blobs.disk import DiskBlobs
 from services.adapter_store.blobs.interface import Blobs
@@ -16,6 +17,9 @@ from services.adapter_store.log.disk import DiskLog
 from services.adapter_store.log.interface import AdapterLog
 from services.adapter_store.s3_config import S3Config
 from services.common.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from services.adapter_store.s3 import S3Bucket
 
 INDEX_FILE = "index.sqlite3"
 
@@ -43,20 +47,31 @@ def _open_s3(config: S3Config, staging: Path) -> tuple[Blobs, AdapterLog]:
     # these come with S3 only: boto3 takes a third of a second to import
     from services.adapter_store.blobs.s3 import S3Blobs
     from services.adapter_store.log.s3 import S3Log
-    from services.adapter_store.s3 import S3Bucket
 
-    try:
-        bucket = S3Bucket(config)
-    except ImportError as error:
-        raise InvalidArgument(
-            "INVALID_FLAG",
-            f"--blobs is {config.uri!r}, which needs boto3: pip install 'multilora[s3]'",
-            field="--blobs",
-        ) from error
+    bucket = _open_bucket(config, "--blobs")
     bucket.check()
     blobs = S3Blobs(bucket, DiskBlobs(staging))
     blobs.remove_unfinished()
     return blobs, S3Log(bucket)
+
+
+def open_root(place: Path | S3Config) -> Path | S3Bucket:
+    """What RegisterFromUri may read beneath. A bucket is not asked: a store starts while what it may import is away.
+
+    Raises InvalidArgument.
+    """
+    return place if isinstance(place, Path) else _open_bucket(place, "--uri-root")
+
+
+def _open_bucket(config: S3Config, flag: str) -> S3Bucket:
+    from services.adapter_store.s3 import S3Bucket
+
+    try:
+        return S3Bucket(config)
+    except ImportError as error:
+        raise InvalidArgument(
+            "INVALID_FLAG", f"{flag} is {config.uri!r}, which needs boto3: pip install 'multilora[s3]'", field=flag
+        ) from error
 
 
 def open_index(place: str, *, prefix: str = "") -> Index:

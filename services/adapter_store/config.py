@@ -22,7 +22,7 @@ class StoreConfig:
 
     port: 0 means any free one
     data_dir: everything the store keeps
-    uri_roots: directories that RegisterFromUri may read; none means it may not
+    uri_roots: what RegisterFromUri may read beneath, directories and s3://bucket/prefix; none means it may not
     max_upload_bytes: of both files of one upload together
     blobs, index: places of blobs and log, and of the index; empty: in data_dir, where uploads wait in any case
     redis_prefix: of the index's keys in Redis; empty: the default
@@ -35,7 +35,7 @@ class StoreConfig:
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     data_dir: Path = Path(".data/store")
-    uri_roots: tuple[Path, ...] = ()
+    uri_roots: tuple[str, ...] = ()
     max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES
     blobs: str = ""
     index: str = field(default="", repr=False)
@@ -54,12 +54,6 @@ class StoreConfig:
             raise _invalid("--max-upload-bytes", f"is {self.max_upload_bytes}; it must be 1 or more")
         if self.data_dir.exists() and not self.data_dir.is_dir():
             raise _invalid("--data-dir", f"is {self.data_dir}, which is no directory")
-        for root in self.uri_roots:
-            if not root.is_dir():
-                raise _invalid("--uri-root", f"is {root}, which is no directory")
-            if self.data_dir.resolve().is_relative_to(root.resolve()):
-                raise _invalid("--uri-root", f"is {root}, which holds the store's own data; choose one that does not")
-
         if not 0 <= self.delete_grace < float("inf"):
             raise _invalid("--delete-grace", f"is {self.delete_grace}; it must be 0 or more seconds")
 
@@ -67,14 +61,40 @@ class StoreConfig:
             raise _invalid("--s3-addressing", f"is {self.s3_addressing!r}; it must be {', '.join(S3_ADDRESSING)}")
         if self.s3_endpoint_url and not self.s3_endpoint_url.startswith(("http://", "https://")):
             raise _invalid("--s3-endpoint-url", f"is {self.s3_endpoint_url!r}; it must start with http:// or https://")
-        if (self.s3_endpoint_url or self.s3_region) and not self.blobs.startswith("s3://"):
-            raise _invalid("--s3-endpoint-url", "or --s3-region is for --blobs s3://bucket/prefix, which is not given")
-        if self.blobs.startswith("s3://"):
-            S3Config.parse(self.blobs)
+        if (self.s3_endpoint_url or self.s3_region) and not any(map(_is_s3, (self.blobs, *self.uri_roots))):
+            raise _invalid(
+                "--s3-endpoint-url", "or --s3-region is for s3:// in --blobs or --uri-root, which is not given"
+            )
+        if _is_s3(self.blobs):
+            self.s3_config(self.blobs)
+        for root in self.uri_roots:
+            self._check_uri_root(root)
+
         if self.index.startswith(SCHEMES):
             RedisConfig.parse(self.index, self.redis_prefix)
         elif self.redis_prefix:
             raise _invalid("--redis-prefix", "is for --index redis://host:port/db, which is not given")
+
+    def _check_uri_root(self, root: str) -> None:
+        if _is_s3(root):
+            bucket = self.s3_config(root)
+            own = self.s3_config(self.blobs) if _is_s3(self.blobs) else None
+            holds_own = own is not None and own.bucket == bucket.bucket and bucket.holds(own.prefix)
+        elif Path(root).is_dir():
+            holds_own = self.data_dir.resolve().is_relative_to(Path(root).resolve())
+        else:
+            raise _invalid("--uri-root", f"is {root!r}, which is no directory and no s3://bucket/prefix")
+        if holds_own:
+            raise _invalid("--uri-root", f"is {root!r}, which holds the store's own data; choose one that does not")
+
+    def s3_config(self, place: str) -> S3Config:
+        """Of `s3://bucket/prefix`. Raises InvalidArgument."""
+        path_style = S3_ADDRESSING[self.s3_addressing]
+        return S3Config.parse(place, self.s3_endpoint_url or None, self.s3_region or None, path_style)
+
+    @property
+    def uri_root_places(self) -> list[Path | S3Config]:
+        return [self.s3_config(root) if _is_s3(root) else Path(root) for root in self.uri_roots]
 
     @property
     def blobs_place(self) -> str:
@@ -93,6 +113,10 @@ class StoreConfig:
     def address(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+
+def _is_s3(place: str) -> bool:
+    return place.startswith("s3://")
 
 
 def _invalid(flag: str, what: str) -> InvalidArgument:

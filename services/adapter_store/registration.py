@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from services.adapter_store import refusals
 from services.adapter_store.blobs.interface import Blobs
@@ -19,7 +17,7 @@ from services.adapter_store.records import BoundModule, Overrides, Registered, U
 from services.adapter_store.steps import commit_step
 from services.adapter_store.streams import adapter_stream
 from services.adapter_store.upload import Upload
-from services.adapter_store.uri import copy_from_uri
+from services.adapter_store.uri import UriRoots
 from services.common.packed import ITEM_SIZES
 from services.common.profile import BaseModelProfile
 from services.common.references import STABLE
@@ -30,13 +28,13 @@ log = logging.getLogger(__name__)
 
 class Registration:
     def __init__(
-        self, blobs: Blobs, journal: Journal, catalog: Catalog, *, max_upload_bytes: int, uri_roots: Sequence[Path]
+        self, blobs: Blobs, journal: Journal, catalog: Catalog, *, max_upload_bytes: int, uri_roots: UriRoots
     ) -> None:
         self._blobs = blobs
         self._journal = journal
         self._catalog = catalog
         self._max_upload_bytes = max_upload_bytes
-        self._uri_roots = tuple(root.resolve() for root in uri_roots)
+        self._uri_roots = uri_roots
 
     def begin_upload(self, header: UploadHeader) -> Upload:
         """A place for the files to come. Raises NotFound and AlreadyExists before any of them has."""
@@ -81,9 +79,9 @@ class Registration:
         return Registered(version_record(header.adapter, folded.state, number, content), existed=False)
 
     def register_from_uri(self, header: UploadHeader, uri: str, *, actor: str = "") -> Registered:
-        """As `register`, from a directory beneath one of the roots."""
+        """As `register`, from a place beneath one of the roots."""
         with self.begin_upload(header) as upload:
-            copy_from_uri(uri, self._uri_roots, upload)
+            self._uri_roots.copy(uri, upload)
             return self.register(header, upload, actor=actor)
 
     def validate(self, header: UploadHeader, upload: Upload) -> Validated:

@@ -43,6 +43,10 @@ class S3Config:
             )
         return cls(found[1], prefix, endpoint_url, region, path_style)
 
+    def holds(self, key: str) -> bool:
+        """Whether a key is the prefix or lies beneath it."""
+        return not self.prefix or f"{key}/".startswith(f"{self.prefix}/")
+
     @property
     def uri(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")

@@ -40,7 +40,7 @@ class ObjectMissing(Exception):
 
 
 class Taken(Exception):
-    """A condition of the request does not hold: the object is there, or is another."""
+    """A condition of the request does not hold: the object is there, or is another, or has no such range."""
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def _refused(where: str, action: str, name: str, error: Any) -> Exception:
         return FailedPrecondition("STORAGE_BUCKET_NOT_FOUND", f"{where}: there is no such bucket; create it")
     if status == 404:
         return ObjectMissing(name)
-    if status in (409, 412):
+    if status in (409, 412, 416):
         return Taken(name)
     if code in _FULL or status == 507:
         return ResourceExhausted("STORAGE_FULL", f"cannot {action} {where}/{name}: {error}; make room on the S3 server")

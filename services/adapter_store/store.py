@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from services.adapter_store.blobs.interface import BlobReader, Blobs
 from services.adapter_store.catalog import Catalog
@@ -20,6 +19,7 @@ from services.adapter_store.log.interface import AdapterLog
 from services.adapter_store.refusals import version_collected
 from services.adapter_store.registration import Registration
 from services.adapter_store.upload import CONFIG_FILE, WEIGHTS_FILE, check_file_name
+from services.adapter_store.uri import Root, UriRoots
 from services.adapter_store.verification import Verified, verify
 from services.common.errors import InvalidArgument, NotFound
 from services.common.references import AdapterName
@@ -38,7 +38,7 @@ class AdapterStore:
         index: Index,
         *,
         max_upload_bytes: int,
-        uri_roots: Sequence[Path] = (),
+        uri_roots: Sequence[Root] = (),
         delete_grace: float = DELETE_GRACE_SECONDS,
         blob_grace: float = BLOB_GRACE_SECONDS,
         clock: Clock = time.time_ns,
@@ -47,8 +47,9 @@ class AdapterStore:
         self.journal = Journal(entries, index, clock=clock)
         self.catalog = Catalog(index)
         self.changes = Changes(self.journal, index)
+        self.uri_roots = UriRoots(uri_roots)
         self.registration = Registration(
-            blobs, self.journal, self.catalog, max_upload_bytes=max_upload_bytes, uri_roots=uri_roots
+            blobs, self.journal, self.catalog, max_upload_bytes=max_upload_bytes, uri_roots=self.uri_roots
         )
         self.collection = Collection(blobs, self.journal, delete_grace=delete_grace, blob_grace=blob_grace)
 
@@ -60,6 +61,7 @@ class AdapterStore:
         self.journal.index.close()
         self.journal.entries.close()
         self.blobs.close()
+        self.uri_roots.close()
 
     def open_pack(self, digest: str, offset: int) -> BlobReader:
         """Packed bytes by their digest. Those of a deleted version stay readable for requests that resolved it before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Self
@@ -49,16 +50,28 @@ class Upload:
     def weights(self) -> PartialBlob:
         return self._files[WEIGHTS_FILE]
 
-    def write(self, file: str, data: bytes) -> None:
+    def write(self, file: str, data: bytes | memoryview) -> None:
         """Append to one of the files. Raises InvalidArgument for another name, a file begun anew, or too many bytes."""
         with self._lock:
             if self._discarded:
                 raise Cancelled("UPLOAD_ENDED", "the upload has ended")
             blob = self._blob(file)
-            self._check_size(file, blob.size + len(data), len(data))
+            sizes = {name: other.size for name, other in self._files.items()}
+            self.check_sizes(sizes | {file: blob.size + len(data)})
             if file == WEIGHTS_FILE:
                 self._check_start(data)
             blob.write(data)
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raise InvalidArgument when files of these sizes would be too many bytes."""
+        what, limit = "the upload", self._max_bytes
+        if sizes.get(CONFIG_FILE, 0) > MAX_CONFIG_BYTES:
+            what, limit = CONFIG_FILE, MAX_CONFIG_BYTES
+        elif sum(sizes.values()) <= self._max_bytes:
+            return
+        raise InvalidArgument(
+            "UPLOAD_TOO_LARGE", f"{what} is larger than {limit} bytes, the most accepted", limit=limit
+        )
 
     def check_complete(self) -> None:
         """Raise InvalidArgument unless both files have come."""
@@ -85,18 +98,7 @@ class Upload:
             self._current = file
         return self._files[file]
 
-    def _check_size(self, file: str, file_size: int, added: int) -> None:
-        total = sum(blob.size for blob in self._files.values()) + added
-        what, limit = "the upload", self._max_bytes
-        if file == CONFIG_FILE and file_size > MAX_CONFIG_BYTES:
-            what, limit = file, MAX_CONFIG_BYTES
-        elif total <= self._max_bytes:
-            return
-        raise InvalidArgument(
-            "UPLOAD_TOO_LARGE", f"{what} is larger than {limit} bytes, the most accepted", limit=limit
-        )
-
-    def _check_start(self, data: bytes) -> None:
+    def _check_start(self, data: bytes | memoryview) -> None:
         """Look at the header's length as soon as it is there: a pickle or a giant header need not be received."""
         if len(self._weights_start) == LENGTH.size:
             return
@@ -110,6 +112,19 @@ class Upload:
             reason = Reason.UNSAFE_FORMAT if isinstance(error, PickleError) else Reason.INVALID_SAFETENSORS
             findings.add(reason, f"{WEIGHTS_FILE}: {error}; save it as safetensors")
         findings.raise_if_any()
+
+
+def check_no_pickle(files: Iterable[str]) -> None:
+    """Raise InvalidArgument when weights among the files are a pickle; for a place that lacks WEIGHTS_FILE."""
+    findings = Findings()
+    for file in sorted(files):
+        if file.startswith("adapter_model.") and PurePosixPath(file).suffix in UNSAFE_SUFFIXES:
+            findings.add(
+                Reason.UNSAFE_FORMAT,
+                f"{shown(file)} is a pickle, which can run code when it is read; save it as {WEIGHTS_FILE}",
+                file=file,
+            )
+    findings.raise_if_any()
 
 
 def check_file_name(file: str, *, field: str = "chunk.file") -> None:

@@ -1,105 +1,38 @@
-"""Files behind a `file://` URI, beneath the store's configured roots and nowhere else."""
+"""What RegisterFromUri reads: a PEFT directory beneath the store's configured roots, and nothing else."""
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from services.adapter_store.findings import Findings, Reason, shown
-from services.adapter_store.upload import CONFIG_FILE, UNSAFE_SUFFIXES, WEIGHTS_FILE, Upload
-from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from services.adapter_store.s3 import S3Bucket
+from services.adapter_store.upload import Upload
+from services.adapter_store.uri_file import copy_from_directory
+from services.adapter_store.uri_refusals import no_roots
+from services.adapter_store.uri_s3 import copy_from_bucket
 
-_CHUNK_BYTES = 1 << 20
-
-
-def copy_from_uri(uri: str, roots: Sequence[Path], upload: Upload) -> None:
-    """Copy both files of a PEFT directory into `upload`.
-
-    Links and `..` are resolved before a path is compared with the roots; each file is compared too, as it may be a
-    link itself. Raises InvalidArgument, NotFound, PermissionDenied, FailedPrecondition.
-    """
-    if not roots:
-        raise FailedPrecondition(
-            "NO_URI_ROOTS", "this store reads no paths; start it with --uri-root, or upload the files", field="uri"
-        )
-    directory = _resolve(_path(uri), roots)
-    if not directory.is_dir():
-        raise InvalidArgument("INVALID_URI", f"uri: {shown(uri)} is no directory; name a PEFT directory", field="uri")
-    _check_format(directory)
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if os.path.lexists(directory / file):
-            _copy(_resolve(directory / file, roots), file, upload)
+Root = Path | S3Bucket
 
 
-def _path(uri: str) -> Path:
-    try:
-        parts = urlsplit(uri)
-    except ValueError as error:
-        raise _invalid(uri) from error
-    path = unquote(parts.path)
-    if parts.scheme != "file" or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
-        raise _invalid(uri)
-    if not path.startswith("/") or "\0" in path:
-        raise _invalid(uri)
-    return Path(path)
+class UriRoots:
+    """Directories, and prefixes of buckets. A URI chooses among what lies beneath them, and never a server."""
 
+    def __init__(self, roots: Sequence[Root] = ()) -> None:
+        self._directories = tuple(root.resolve() for root in roots if isinstance(root, Path))
+        self._buckets = tuple(root for root in roots if isinstance(root, S3Bucket))
 
-def _invalid(uri: str) -> InvalidArgument:
-    return InvalidArgument(
-        "INVALID_URI", f"uri: {shown(uri)} is not taken; file:// and an absolute path is needed", field="uri"
-    )
+    def close(self) -> None:
+        for bucket in self._buckets:
+            bucket.close()
 
+    def copy(self, uri: str, upload: Upload) -> None:
+        """Copy both files of a PEFT directory into `upload`.
 
-def _resolve(path: Path, roots: Sequence[Path]) -> Path:
-    """The path without links, when it is beneath a root. Of what is outside, nothing is told."""
-    try:
-        resolved, is_there = path.resolve(strict=True), True
-    except (OSError, RuntimeError):  # missing, not readable, or a loop of links
-        resolved, is_there = Path(os.path.realpath(path)), False
-    if not _beneath(resolved, roots):
-        raise PermissionDenied(
-            "PATH_OUTSIDE_ROOTS",
-            f"uri: {shown(str(path))} is not beneath a root of this store; move it there, or upload the files",
-            field="uri",
-        )
-    if not is_there:
-        raise NotFound("PATH_NOT_FOUND", f"uri: {shown(str(path))} is not there or not readable", field="uri")
-    return resolved
-
-
-def _beneath(path: Path, roots: Sequence[Path]) -> bool:
-    return any(path.is_relative_to(root) for root in roots)
-
-
-def _check_format(directory: Path) -> None:
-    if os.path.lexists(directory / WEIGHTS_FILE):
-        return
-    findings = Findings()
-    for file in sorted(directory.glob("adapter_model.*")):
-        if file.suffix in UNSAFE_SUFFIXES:
-            findings.add(
-                Reason.UNSAFE_FORMAT,
-                f"{shown(file.name)} is a pickle, which can run code when it is read; save it as {WEIGHTS_FILE}",
-                file=file.name,
-            )
-    findings.raise_if_any()
-
-
-def _copy(path: Path, file: str, upload: Upload) -> None:
-    # NOFOLLOW: the path was resolved, so a link here was put there since; NONBLOCK: a pipe must not hold the thread
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EACCES, errno.ENOENT, errno.ENXIO):
-            raise
-        raise NotFound("PATH_NOT_FOUND", f"uri: {shown(str(path))} cannot be read", field="uri") from error
-    with os.fdopen(fd, "rb", buffering=0) as source:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise InvalidArgument("INVALID_URI", f"uri: {shown(file)} is no regular file", field="uri")
-        while data := source.read(_CHUNK_BYTES):
-            upload.write(file, data)
-        upload.write(file, b"")  # an empty file has come, too
+        Raises InvalidArgument, NotFound, PermissionDenied, FailedPrecondition, and Unavailable when S3 is away.
+        """
+        if not self._directories and not self._buckets:
+            raise no_roots()
+        if uri.startswith("s3://"):
+            copy_from_bucket(uri, self._buckets, upload)
+        else:
+            copy_from_directory(uri, self._directories, upload)

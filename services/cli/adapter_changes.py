@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.adapters import PAGE_SIZE, Json, Name, Version
-from services.cli.output import Row, print_rows
+from services.cli.adapters import PAGE_SIZE, Name, Version
+from services.cli.output import Format, Output, Row, print_rows
 from services.cli.targets import UINT32_MAX, UINT64_MAX, Targets, targets
 from services.common.errors import NotFound
 
@@ -72,14 +72,14 @@ def history(
     context: typer.Context,
     name: Name,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Most to print.")] = 100,
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """List who changed what and when, newest first."""
     import itertools
 
     rows = list(map(_row, itertools.islice(_history(targets(context), name), limit)))
     columns = ("revision", "changed_at", "actor", "kind", "version", "alias", "targets")
-    print_rows(rows, columns=columns, as_json=as_json, empty="no changes")
+    print_rows(rows, columns=columns, output=output, empty="no changes")
 
 
 def undelete(context: typer.Context, name: Name, version: Version) -> None:

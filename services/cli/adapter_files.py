@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.adapters import AllowChangedBase, AllowZero, BaseModel, ForceBase, Json, Promote, Version
+from services.cli.adapters import AllowChangedBase, AllowZero, BaseModel, ForceBase, Promote, Version
 from services.cli.adapters import Name as AdapterName
-from services.cli.output import Row, print_json, print_rows, warn
+from services.cli.output import Format, Output, Row, print_json, print_rows, warn
 from services.cli.targets import targets
 from services.common.errors import DataLoss, MultiloraError, NotFound
 
@@ -30,7 +30,7 @@ def validate(
     force_base: ForceBase = False,
     allow_zero: AllowZero = False,
     allow_changed_base: AllowChangedBase = False,
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Check a PEFT directory as a registration would; nothing is kept. 4: it would be refused."""
     from multilora.adapter_store.v1 import admin_pb2
@@ -48,7 +48,7 @@ def validate(
     with store_admin(where) as store, upload_progress(path.name, total) as advance:
         messages = map(_to_validate, upload_messages(header, path, advance))
         answer = store.ValidateVersion(messages, timeout=where.timeout)
-    if as_json:
+    if output is Format.JSON:
         print_json(_validated_row(answer))
     else:
         for warning in answer.warnings:
@@ -72,7 +72,7 @@ def import_(
     allow_zero: AllowZero = False,
     allow_changed_base: AllowChangedBase = False,
     promote: Promote = False,
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Register a tree of adapters, each named as its folder. 4: some were refused; the others are registered."""
     from multilora.adapter_store.v1 import admin_pb2
@@ -107,7 +107,7 @@ def import_(
                 result = "was there already" if answer.existed else "registered"
                 rows.append(_import_row(header.adapter, result, version=answer.version.identity.version))
     columns = ("adapter", "result", "version", "reason")
-    print_rows(rows, columns=columns, as_json=as_json, empty="no adapters")
+    print_rows(rows, columns=columns, output=output, empty="no adapters")
     refused = [row for row in rows if row["result"] == "refused"]
     for row in refused:
         typer.echo(f"{row['adapter']}: {row['message']}", err=True)

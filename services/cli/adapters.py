@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.output import Row, print_fields, print_json, print_rows, warn
+from services.cli.output import App, Format, Output, Row, print_fields, print_json, print_rows, warn
 from services.cli.targets import UINT64_MAX, targets
 
 if TYPE_CHECKING:  # grpc and the protos cost a third of a second; `--help` does not pay it
     from multilora.adapter_store.v1 import admin_pb2
 
-app = typer.Typer(help="Adapters in the adapter store.", no_args_is_help=True, rich_markup_mode=None)
+app = App(help="Adapters in the adapter store.", no_args_is_help=True, rich_markup_mode=None)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="`tenant/name`; `name` alone is tenant `default`.")]
 Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, max=UINT64_MAX, help="The version's number.")]
@@ -27,7 +27,6 @@ AllowChangedBase = Annotated[
     bool, typer.Option("--allow-changed-base", help="Accept an init_lora_weights that assumes changed base weights.")
 ]
 Promote = Annotated[bool, typer.Option("--promote", help="Move the alias `stable` to the new version.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 PAGE_SIZE = 1000
 
@@ -42,7 +41,7 @@ def register(
     allow_zero: AllowZero = False,
     allow_changed_base: AllowChangedBase = False,
     promote: Promote = False,
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Upload a PEFT directory as the adapter's next version."""
     from multilora.adapter_store.v1 import admin_pb2
@@ -60,7 +59,7 @@ def register(
     total, where = check_directory(path), targets(context)
     with store_admin(where) as store, upload_progress(name, total) as advance:
         answer = store.RegisterVersion(upload_messages(header, path, advance), timeout=where.timeout)
-    _print_registered(answer, as_json=as_json)
+    _print_registered(answer, output=output)
 
 
 @app.command("register-uri")
@@ -68,14 +67,15 @@ def register_uri(
     context: typer.Context,
     name: Name,
     uri: Annotated[
-        str, typer.Argument(metavar="URI", help="file:// and a directory beneath one of the store's roots.")
+        str,
+        typer.Argument(metavar="URI", help="file:// or s3:// and a PEFT directory beneath a --uri-root of the store."),
     ],
     base_model: BaseModel,
     force_base: ForceBase = False,
     allow_zero: AllowZero = False,
     allow_changed_base: AllowChangedBase = False,
     promote: Promote = False,
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Register a PEFT directory that the store itself can read."""
     from multilora.adapter_store.v1 import admin_pb2
@@ -93,14 +93,14 @@ def register_uri(
     with store_admin(where) as store:
         request = admin_pb2.RegisterFromUriRequest(header=header, uri=uri)
         answer = store.RegisterFromUri(request, timeout=where.timeout)
-    _print_registered(answer, as_json=as_json)
+    _print_registered(answer, output=output)
 
 
 @app.command("list")
 def list_(
     context: typer.Context,
     tenant: Annotated[str, typer.Option(help="Only this tenant's.")] = "",
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """List adapters by name."""
     from multilora.adapter_store.v1 import admin_pb2
@@ -115,7 +115,7 @@ def list_(
             if not (token := page.next_page_token):
                 break
     columns = ("name", "aliases", "latest_version", "num_versions", "base_model")
-    print_rows(rows, columns=columns, as_json=as_json, empty="no adapters")
+    print_rows(rows, columns=columns, output=output, empty="no adapters")
 
 
 @app.command()
@@ -123,7 +123,7 @@ def versions(
     context: typer.Context,
     name: Name,
     include_deleted: Annotated[bool, typer.Option("--include-deleted", help="Deleted versions too.")] = False,
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """List an adapter's versions, newest first."""
     from multilora.adapter_store.v1 import admin_pb2
@@ -139,16 +139,16 @@ def versions(
             rows += map(_version_row, page.versions)
             if not (token := page.next_page_token):
                 break
-    shown = rows if as_json else list(map(_shortened, rows))
+    shown = rows if output is Format.JSON else list(map(_shortened, rows))
     columns = ("version", "aliases", "created_at", "max_rank", "parameters", "dtype", "deleted", "digest")
-    print_rows(shown, columns=columns, as_json=as_json, empty="no versions")
+    print_rows(shown, columns=columns, output=output, empty="no versions")
 
 
 @app.command()
 def show(
     context: typer.Context,
     reference: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="One version, as in pirate@3.")],
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Describe one version, and every module it adapts."""
     from multilora.adapter_store.v1 import admin_pb2
@@ -162,11 +162,11 @@ def show(
         request = admin_pb2.GetVersionRequest(adapter=name, version=int(number))
         version = store.GetVersion(request, timeout=where.timeout).version
     modules = [{"name": module.name, "rank": module.rank, "scale": module.scale} for module in version.modules]
-    if as_json:
+    if output is Format.JSON:
         print_json(_version_row(version) | {"modules": modules})
         return
     print_fields(_version_row(version))
-    print_rows(modules, columns=("name", "rank", "scale"), as_json=False, empty="no modules")
+    print_rows(modules, columns=("name", "rank", "scale"), output=Format.TABLE, empty="no modules")
 
 
 @app.command()
@@ -182,10 +182,10 @@ def delete(context: typer.Context, name: Name, version: Version) -> None:
 
 
 def _print_registered(
-    answer: admin_pb2.RegisterVersionResponse | admin_pb2.RegisterFromUriResponse, *, as_json: bool
+    answer: admin_pb2.RegisterVersionResponse | admin_pb2.RegisterFromUriResponse, *, output: Format
 ) -> None:
     row = _version_row(answer.version) | {"bound_modules": len(answer.version.modules), "existed": answer.existed}
-    if as_json:
+    if output is Format.JSON:
         print_json(row | {"warnings": list(answer.warnings)})
         return
     typer.echo(f"{row['adapter']}@{row['version']} {'was there already' if answer.existed else 'is registered'}")

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli.adapters import Json
-from services.cli.output import Row, print_rows
+from services.cli.output import App, Format, Output, Row, print_rows
 from services.cli.targets import UINT32_MAX, Targets, targets
 from services.common.errors import NotFound
 
 if TYPE_CHECKING:
     from multilora.adapter_store.v1 import admin_pb2
 
-app = typer.Typer(help="Base models in the adapter store.", no_args_is_help=True, rich_markup_mode=None)
+app = App(help="Base models in the adapter store.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()
@@ -55,7 +54,7 @@ def register(
 
 
 @app.command("list")
-def list_(context: typer.Context, as_json: Json = False) -> None:
+def list_(context: typer.Context, output: Output = Format.TABLE) -> None:
     """List the registered base models."""
     from multilora.adapter_store.v1 import admin_pb2
     from services.cli.clients import store_admin
@@ -65,7 +64,7 @@ def list_(context: typer.Context, as_json: Json = False) -> None:
         answer = store.ListBaseModels(admin_pb2.ListBaseModelsRequest(), timeout=where.timeout)
     columns = ("name", "architecture", "num_layers", "modules", "vocab_size", "max_lora_rank", "accepted_names")
     rows = list(map(_row, answer.base_models))
-    print_rows(rows, columns=columns, as_json=as_json, empty="no base models")
+    print_rows(rows, columns=columns, output=output, empty="no base models")
 
 
 def _config_json(where: Targets, config: Path | None, model: Path | None) -> str:

@@ -10,10 +10,11 @@ import typer
 
 from services.cli import adapter_changes, adapter_files, adapters, base_models, generation, status, store
 from services.cli.exit_codes import EXIT_CODES_HELP, exit_code, one_line
+from services.cli.output import App
 from services.cli.targets import DEFAULT_SERVER, DEFAULT_STORE, DEFAULT_TIMEOUT, Targets
 from services.common.errors import MultiloraError
 
-app = typer.Typer(
+app = App(
     help="Serve many LoRA adapters over one base model: register adapters, generate, look inside.",
     epilog=EXIT_CODES_HELP,
     no_args_is_help=True,

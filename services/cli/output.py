@@ -4,24 +4,52 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 PIPED_WIDTH = 240
 """Columns of a table nobody watches: wide enough that a digest is not cut."""
 
+SHORT = "--json"
+"""Of `--output json`."""
+
 Row = dict[str, Any]
+
+
+class Format(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+
+
+Output = Annotated[Format, typer.Option("--output", help=f"For people, or in full for scripts; {SHORT} for short.")]
+
+
+class App(typer.Typer):
+    """Commands among which those that have `--output` take `--json` as well, its short form."""
+
+    def command(self, *args: Any, **settings: Any) -> Callable[..., Any]:
+        return super().command(*args, **({"cls": _Command} | settings))
+
+
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(param.name == "output" for param in self.params):
+            end = args.index("--") if "--" in args else len(args)
+            args = ["--output=json" if arg == SHORT else arg for arg in args[:end]] + args[end:]
+        return super().parse_args(ctx, args)
 
 
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def print_rows(rows: Sequence[Row], *, columns: Sequence[str], as_json: bool, empty: str) -> None:
+def print_rows(rows: Sequence[Row], *, columns: Sequence[str], output: Format, empty: str) -> None:
     """The rows as JSON in full, or as a table of `columns`; `empty` says in words that there are none."""
-    if as_json:
+    if output is Format.JSON:
         print_json(rows)
     elif not rows:
         typer.echo(empty, err=True)

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from services.cli.adapters import Json
-from services.cli.output import Row, print_fields, print_json, print_rows
+from services.cli.output import Format, Output, Row, print_fields, print_json, print_rows
 from services.cli.targets import targets
 
 if TYPE_CHECKING:
     from multilora.inference.v1 import control_pb2
 
 
-def status(context: typer.Context, as_json: Json = False) -> None:
+def status(context: typer.Context, output: Output = Format.TABLE) -> None:
     """Show the replica's load, and which adapters are resident where."""
     from multilora.inference.v1 import control_pb2
     from services.cli.clients import inference
@@ -24,13 +23,13 @@ def status(context: typer.Context, as_json: Json = False) -> None:
         info = client.control.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=where.timeout)
         listed = client.control.ListAdapters(control_pb2.ListAdaptersRequest(), timeout=where.timeout)
     rows = list(map(_adapter_row, listed.adapters))
-    if as_json:
+    if output is Format.JSON:
         print_json({"server": _server_row(info), "adapters": rows})
         return
     print_fields(_summary(info))
     typer.echo()
     columns = ("adapter", "tier", "slot", "rank", "pages", "references", "waiting", "requests", "cpu_bytes", "error")
-    print_rows(rows, columns=columns, as_json=False, empty="no adapters here yet")
+    print_rows(rows, columns=columns, output=Format.TABLE, empty="no adapters here yet")
 
 
 def _summary(info: control_pb2.GetServerInfoResponse) -> Row:

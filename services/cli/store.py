@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.cli.output import print_fields, print_json
+from services.cli.output import App, Format, Output, print_fields, print_json
 from services.cli.targets import targets
 
 if TYPE_CHECKING:
     from services.adapter_store.store import AdapterStore
 
-app = typer.Typer(help="A whole adapter store: its log, index and bytes.", no_args_is_help=True, rich_markup_mode=None)
+app = App(help="A whole adapter store: its log, index and bytes.", no_args_is_help=True, rich_markup_mode=None)
 
 EXIT_PROBLEMS = 1
 
@@ -35,18 +35,19 @@ Index = Annotated[
     typer.Option("--index", envvar="MULTILORA_INDEX", help="The index; as the store's flag. Default: in the path."),
 ]
 Staging = Annotated[Path, typer.Option("--data-dir", help="Where bytes wait on their way to S3.", show_default=True)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DEFAULT_STAGING = Path(".data/store")
 
 
 @app.command()
-def reindex(blobs: Blobs, index: Index = "", data_dir: Staging = DEFAULT_STAGING, as_json: Json = False) -> None:
+def reindex(
+    blobs: Blobs, index: Index = "", data_dir: Staging = DEFAULT_STAGING, output: Output = Format.TABLE
+) -> None:
     """Make the index anew from the log, in a new epoch: watchers list again. Nothing in the log is touched."""
     with _opened(blobs, index, data_dir) as store:
         entries = store.journal.rebuild()
         position = store.journal.index.position()
-    _print({"entries": entries, "epoch": position.epoch, "revision": position.revision}, as_json)
+    _print({"entries": entries, "epoch": position.epoch, "revision": position.revision}, output)
 
 
 @app.command()
@@ -55,7 +56,7 @@ def verify(
     blobs: Blobs = "",
     index: Index = "",
     data_dir: Staging = DEFAULT_STAGING,
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Read every blob that a version needs, compare digests, and the index with the log. 1: there are problems."""
     if blobs:
@@ -71,14 +72,14 @@ def verify(
             answer = admin.VerifyIntegrity(admin_pb2.VerifyIntegrityRequest(), timeout=where.timeout)
         fields = {"entries": answer.entries, "blobs": answer.blobs, "bytes": answer.bytes}
         problems = list(answer.problems)
-    _report(fields, problems, as_json)
+    _report(fields, problems, output)
 
 
 @app.command()
 def collect(
     context: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Give up deleted versions whose grace period is over, and remove bytes that no version needs."""
     from multilora.adapter_store.v1 import admin_pb2
@@ -88,7 +89,7 @@ def collect(
     with store_admin(where) as admin:
         answer = admin.CollectGarbage(admin_pb2.CollectGarbageRequest(dry_run=dry_run), timeout=where.timeout)
     fields: dict[str, Any] = {"versions": list(answer.versions), "blobs": answer.blobs, "bytes": answer.bytes}
-    _print(fields | ({"digests": list(answer.digests)} if as_json else {}), as_json)
+    _print(fields | ({"digests": list(answer.digests)} if output is Format.JSON else {}), output)
 
 
 @app.command()
@@ -99,7 +100,7 @@ def copy(
         str, typer.Option("--to-index", help="The target's index. Default: in the target's path.")
     ] = "",
     data_dir: Staging = DEFAULT_STAGING,
-    as_json: Json = False,
+    output: Output = Format.TABLE,
 ) -> None:
     """Copy a store into another, with its history; run again, it goes on. The copy is verified at its end."""
     import tempfile
@@ -124,7 +125,7 @@ def copy(
         copied = copy_store(Journal(from_log, unused), from_blobs, to.journal, to.blobs, progress)
         typer.echo("", err=True)
         problems = to.verify().problems
-    _report(asdict(copied), problems, as_json)
+    _report(asdict(copied), problems, output)
 
 
 @contextlib.contextmanager
@@ -142,15 +143,15 @@ def _opened(blobs: str, index: str, data_dir: Path) -> Iterator[AdapterStore]:
         store.close()
 
 
-def _print(fields: dict[str, Any], as_json: bool) -> None:
-    print_json(fields) if as_json else print_fields(fields)
+def _print(fields: dict[str, Any], output: Format) -> None:
+    print_json(fields) if output is Format.JSON else print_fields(fields)
 
 
-def _report(fields: dict[str, Any], problems: list[str], as_json: bool) -> None:
-    _print(fields | ({"problems": problems} if as_json else {}), as_json)
+def _report(fields: dict[str, Any], problems: list[str], output: Format) -> None:
+    _print(fields | ({"problems": problems} if output is Format.JSON else {}), output)
     if not problems:
         return
-    if not as_json:
+    if output is Format.TABLE:
         for problem in problems:
             typer.echo(f"problem: {problem}", err=True)
     raise typer.Exit(EXIT_PROBLEMS)

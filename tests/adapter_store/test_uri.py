@@ -64,6 +64,7 @@ def test_paths_outside_the_roots_are_refused(running: RunningStore, uri_root: Pa
         "file:///",
         "file:///no/such/place",
         f"file://{uri_root}/../no-such-place",
+        "s3://bucket/key",
     ):
         error = refusal(running, uri)
         assert (type(error), error.reason) == (PermissionDenied, "PATH_OUTSIDE_ROOTS"), uri
@@ -85,7 +86,7 @@ def test_what_is_not_there_is_told_inside_the_roots(running: RunningStore, uri_r
         "file:relative",
         "file://host/tmp",
         "http://169.254.169.254/latest/meta-data",
-        "s3://bucket/key",
+        "S3://bucket/key",
         "file:///tmp?x=1",
         "file:///tmp#x",
         "file:///tmp%00",

@@ -71,7 +71,9 @@ def test_show_names_every_module(cli: Cli, pair: Pair) -> None:
     assert shown["digest"] == pair.digest
     assert shown["modules"][0]["name"] == "model.layers.0.self_attn.q_proj"
     assert {module["rank"] for module in shown["modules"]} == {8}
-    text = cli("adapters", "show", f"{ADAPTER}@1").stdout
+    assert json.loads(cli("adapters", "show", f"{ADAPTER}@1", "--output", "json").stdout) == shown
+    text = cli("adapters", "show", f"{ADAPTER}@1", "--output", "table").stdout
+    assert text == cli("adapters", "show", f"{ADAPTER}@1").stdout
     assert pair.digest in text
     assert text.count("self_attn") == len(shown["modules"]) == 6
 

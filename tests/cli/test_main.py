@@ -32,6 +32,13 @@ def test_help_tells_the_exit_codes() -> None:
     assert "MULTILORA_SERVER" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["adapters list", "adapters history", "base-models list", "store verify", "status"])
+def test_help_tells_how_to_get_json(command: str) -> None:
+    told = run_cli(*command.split(), "--help").stdout
+    assert "--output" in told
+    assert "--json" in told
+
+
 def test_every_error_has_a_code_that_help_tells() -> None:
     told = {int(line.split()[0]) for line in EXIT_CODES_HELP.splitlines()[2:]}
     assert told == {0, 1, 2, *EXIT_CODES.values(), 130}
@@ -62,6 +69,8 @@ def test_nobody_answers(arguments: tuple[str, ...], what: str) -> None:
         ("generate", "x", "--max-tokens", "0"),
         ("generate", "x", "--seed", str(2**64)),
         ("--timeout", "0", "status"),
+        ("status", "--output", "xml"),
+        ("generate", "x", "--json"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 from services.adapter_store.s3 import S3Bucket, backoff
-from services.adapter_store.s3_errors import ObjectMissing
+from services.adapter_store.s3_errors import ObjectMissing, Taken
 from services.common.errors import Cancelled, DataLoss, NotFound
 
 RANGE_BYTES = 8 << 20
@@ -190,10 +190,11 @@ class S3Reader:
             return self._pool.acquire(self._name, index, self.size)
 
 
-def fetch_range(bucket: S3Bucket, name: str, start: int, stop: int) -> mmap.mmap:
+def fetch_range(bucket: S3Bucket, name: str, start: int, stop: int, *, etag: str | None = None) -> mmap.mmap:
     """Bytes [start, stop) of an object; a connection that breaks is resumed where it broke.
 
-    Raises NotFound, Unavailable, FailedPrecondition as S3Bucket does, DataLoss when the object is shorter.
+    Raises NotFound, Unavailable, FailedPrecondition as S3Bucket does, DataLoss when the object is shorter, Taken when
+    it has another ETag than the one that is asked for.
     """
     from botocore.exceptions import BotoCoreError
 
@@ -204,7 +205,7 @@ def fetch_range(bucket: S3Bucket, name: str, start: int, stop: int) -> mmap.mmap
         if attempt:
             backoff(attempt)
         first = stop - len(rest)
-        body = _open(bucket, name, first, stop)
+        body = _open(bucket, name, first, stop, etag)
         try:
             with contextlib.closing(body):
                 while rest and (count := body.readinto(rest[:_READ_BYTES])):
@@ -216,19 +217,28 @@ def fetch_range(bucket: S3Bucket, name: str, start: int, stop: int) -> mmap.mmap
     raise bucket.unavailable("read", name, why or "the connection ends early each time")
 
 
-def _open(bucket: S3Bucket, name: str, start: int, stop: int) -> Any:
+def _open(bucket: S3Bucket, name: str, start: int, stop: int, etag: str | None) -> Any:
     try:
         with bucket.errors("read", name):
             answer = bucket.client.get_object(**bucket.location(name), Range=f"bytes={start}-{stop - 1}")
     except ObjectMissing:
         raise blob_not_found(name) from None
+    except Taken:
+        raise _truncated(bucket, name, start, stop) from None
+    if etag not in (None, answer["ETag"]):  # no If-Match, which not every server honours
+        answer["Body"].close()
+        raise Taken(name)
     if answer.get("ContentRange", "").split("/")[0] != f"bytes {start}-{stop - 1}":
         answer["Body"].close()
-        raise DataLoss(
-            "BLOB_TRUNCATED",
-            f"{bucket.config.uri}/{name} has no bytes {start} to {stop - 1}; verify the store, register it again",
-        )
+        raise _truncated(bucket, name, start, stop)
     return answer["Body"]
+
+
+def _truncated(bucket: S3Bucket, name: str, start: int, stop: int) -> DataLoss:
+    return DataLoss(
+        "BLOB_TRUNCATED",
+        f"{bucket.config.uri}/{name} has no bytes {start} to {stop - 1}; verify the store, register it again",
+    )
 
 
 def blob_not_found(name: str) -> NotFound:

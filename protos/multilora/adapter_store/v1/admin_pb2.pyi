@@ -591,7 +591,9 @@ class RegisterFromUriRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     URI_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
-    """`file://` and the absolute path of a PEFT directory beneath one of the store's roots."""
+    """`file://` and the absolute path of a PEFT directory, or `s3://bucket/key` and what lies beneath that key,
+    percent-encoded; beneath one of the store's roots.
+    """
     @_builtins.property
     def header(self) -> Global___RegisterVersionHeader:
         """What it is."""

@@ -156,7 +156,7 @@ class AdapterAdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RegisterFromUri(self, request, context):
-        """The same from a place the store can read: `file://` beneath its configured roots.
+        """The same from a place the store can read: `file://` or `s3://` beneath its configured roots.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

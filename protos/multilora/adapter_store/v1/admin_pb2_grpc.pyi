@@ -44,7 +44,7 @@ class AdapterAdminServiceStub:
     RegisterVersion: _grpc.StreamUnaryMultiCallable[_admin_pb2.RegisterVersionRequest, _admin_pb2.RegisterVersionResponse]
     """Uploads, checks and keeps one version of an adapter. First a header, then the files' bytes, one file after another."""
     RegisterFromUri: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RegisterFromUriRequest, _admin_pb2.RegisterFromUriResponse]
-    """The same from a place the store can read: `file://` beneath its configured roots."""
+    """The same from a place the store can read: `file://` or `s3://` beneath its configured roots."""
     ValidateVersion: _grpc.StreamUnaryMultiCallable[_admin_pb2.ValidateVersionRequest, _admin_pb2.ValidateVersionResponse]
     """Checks an upload as RegisterVersion would, and answers with every finding as data. Nothing is kept."""
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetAdapterRequest, _admin_pb2.GetAdapterResponse]
@@ -92,7 +92,7 @@ class AdapterAdminServiceAsyncStub(AdapterAdminServiceStub):
     RegisterVersion: _aio.StreamUnaryMultiCallable[_admin_pb2.RegisterVersionRequest, _admin_pb2.RegisterVersionResponse]  # type: ignore[assignment]
     """Uploads, checks and keeps one version of an adapter. First a header, then the files' bytes, one file after another."""
     RegisterFromUri: _aio.UnaryUnaryMultiCallable[_admin_pb2.RegisterFromUriRequest, _admin_pb2.RegisterFromUriResponse]  # type: ignore[assignment]
-    """The same from a place the store can read: `file://` beneath its configured roots."""
+    """The same from a place the store can read: `file://` or `s3://` beneath its configured roots."""
     ValidateVersion: _aio.StreamUnaryMultiCallable[_admin_pb2.ValidateVersionRequest, _admin_pb2.ValidateVersionResponse]  # type: ignore[assignment]
     """Checks an upload as RegisterVersion would, and answers with every finding as data. Nothing is kept."""
     GetAdapter: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetAdapterRequest, _admin_pb2.GetAdapterResponse]  # type: ignore[assignment]
@@ -161,7 +161,7 @@ class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.RegisterFromUriRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RegisterFromUriResponse, _abc.Awaitable[_admin_pb2.RegisterFromUriResponse]]:
-        """The same from a place the store can read: `file://` beneath its configured roots."""
+        """The same from a place the store can read: `file://` or `s3://` beneath its configured roots."""
 
     @_abc_1.abstractmethod
     def ValidateVersion(
