@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from services.adapter_store.index.interface import Index, IndexWriter
+from services.adapter_store.index.interface import Index, IndexWriter, Stored
 from services.adapter_store.log.entry import Body, Entry, decode, encode
 from services.adapter_store.log.interface import AdapterLog, StreamInfo
 from services.adapter_store.steps import commit_step
@@ -23,6 +23,7 @@ from services.adapter_store.streams import State, fold, index_write, load_state
 from services.common.errors import DataLoss
 
 Clock = Callable[[], int]
+_NOTHING = Stored(0, "")
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Journal:
         return self._check(self.index)
 
     def _check(self, index: Index) -> list[str]:
-        applied, behind = dict(index.seqs()), []
+        applied, behind = dict(index.seqs()), dict[str, int]()
         for info in self.entries.streams():
             if info.count < info.last:
                 missing = (seq for seq in range(1, info.last) if self.entries.read(info.stream, seq) is None)
@@ -122,12 +123,12 @@ class Journal:
             if seq > info.last:
                 applied[info.stream] = seq
             elif seq < info.last:
-                behind.append(info.stream)
-        # the log's names were read after the index: what is there by now was only being written
+                behind[info.stream] = info.last
+        # the log's names were read after the index: what is there by now was only being written, either way
         lost = {stream: seq for stream, seq in applied.items() if self.entries.read(stream, seq) is None}
         if lost:
             raise _ahead(lost)
-        return behind
+        return [stream for stream, last in behind.items() if (index.get(stream) or _NOTHING).seq < last]
 
     def rebuild(self) -> int:
         """Make the index anew from the log, in a new epoch: how many entries there are."""

@@ -13,6 +13,7 @@ import pytest
 
 from services.adapter_store.log.entry import VersionAdded
 from services.adapter_store.log.fold import AdapterState
+from services.adapter_store.log.interface import StreamInfo
 from services.adapter_store.store import AdapterStore
 from services.common.errors import DataLoss, MultiloraError
 from services.common.references import AdapterName
@@ -69,6 +70,25 @@ def test_an_entry_that_was_not_applied_is_found_at_start(store: AdapterStore, tm
     assert beside.catalog.base_models() == [PROFILE]
     store.heal()  # nothing to do, so nobody has to list again
     assert store.journal.index.position() == before
+    beside.close()
+
+
+def test_what_is_written_meanwhile_is_nothing_to_heal(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that starts beside a busy one sends nobody's watchers away."""
+    add_version(store, 0)
+    beside = make_store(tmp_path)
+    streams = beside.journal.entries.streams
+
+    def busy() -> Iterator[StreamInfo]:
+        add_version(store, 1)
+        yield from streams()
+
+    monkeypatch.setattr(beside.journal.entries, "streams", busy)
+    epoch = store.journal.index.position().epoch
+    assert beside.journal.heal() == 0
+    assert beside.journal.index.position().epoch == epoch
     beside.close()
 
 
