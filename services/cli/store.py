@@ -7,6 +7,7 @@ they are. All of them may run beside running stores on the same backends.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,11 @@ Blobs = Annotated[
 ]
 Index = Annotated[
     str,
-    typer.Option("--index", envvar="MULTILORA_INDEX", help="The index; as the store's flag. Default: in the path."),
+    typer.Option(
+        "--index",
+        envvar="MULTILORA_INDEX",
+        help="The index; as the store's flag, and as there with $MULTILORA_REDIS_PREFIX. Default: in the path.",
+    ),
 ]
 Staging = Annotated[Path, typer.Option("--data-dir", help="Where bytes wait on their way to S3.", show_default=True)]
 
@@ -136,7 +141,11 @@ def _opened(blobs: str, index: str, data_dir: Path) -> Iterator[AdapterStore]:
     if not index and "://" in blobs:
         raise typer.BadParameter(f"{blobs} holds no index; say where it is", param_hint="--index")
     places = open_place(blobs, staging=data_dir)
-    store = AdapterStore(*places, open_index(index or str(Path(blobs) / INDEX_FILE)), max_upload_bytes=0)
+    store = AdapterStore(
+        *places,
+        open_index(index or str(Path(blobs) / INDEX_FILE), prefix=os.environ.get("MULTILORA_REDIS_PREFIX", "")),
+        max_upload_bytes=0,
+    )
     try:
         yield store
     finally:
