@@ -53,10 +53,10 @@ serve: $(VENV)/.run ## both services on their ports, adapters registered, until 
 
 # Minutes each suite may take on two cores; together they stay within 25.
 test: lint ## everything CI runs
-	timeout 5m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/test_*.py
-	timeout 4m $(RUN_TESTS) -q tests/kernels
-	timeout 7m $(RUN_TESTS) -q tests/inference tests/cli tests/integration
-	timeout 9m $(RUN_TESTS) -q tests/parity
+	timeout 8m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/test_*.py
+	timeout 3m $(RUN_TESTS) -q tests/kernels
+	timeout 6m $(RUN_TESTS) -q tests/inference tests/cli tests/integration
+	timeout 8m $(RUN_TESTS) -q tests/parity
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
 	$(RUN_TESTS) -q -m "not slow and not cuda"
