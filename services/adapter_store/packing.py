@@ -1,6 +1,7 @@
 """Writes an adapter in the packed layout of services/common/packed.py.
 
-Tensor by tensor, so memory holds one transposed B at most; deterministic, so the same content has one pack digest.
+Tensor by tensor, so memory holds one transposed B a thread at most; deterministic, so the same content has one pack
+digest.
 Two passes: the header comes first and carries the runs' checksums, and hashing the file as it is written needs the
 header's bytes before any run's.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import numpy as np
@@ -28,6 +30,8 @@ from services.common.packed import (
 
 Buffer = bytes | memoryview
 
+_CHECKSUM_THREADS = 2  # runs are independent, and zlib and numpy let go of the interpreter
+
 
 def pack(
     modules: tuple[CheckedModule, ...],
@@ -40,12 +44,15 @@ def pack(
     """Pack `modules`, which stand in layer order, from the mapped safetensors file; `write` gets the bytes in order."""
     sources = {module.name: module for module in modules}
     placed, sizes = _place(modules)
-    layers = []
-    for index, (offset, size) in sizes.items():
-        crc = 0
+
+    def checksummed(index: int) -> PackedLayer:
+        (offset, size), crc = sizes[index], 0
         for piece in _run(index, offset, placed, sources, weights):
             crc = zlib.crc32(piece, crc)
-        layers.append(PackedLayer(index, offset, size, f"{crc:08x}"))
+        return PackedLayer(index, offset, size, f"{crc:08x}")
+
+    with ThreadPoolExecutor(_CHECKSUM_THREADS, "checksum") as threads:
+        layers = list(threads.map(checksummed, sizes))
     header = PackedHeader(content_digest, base_model, tuple(layers), tuple(placed))
     write(encode_header(header))
     end = 0

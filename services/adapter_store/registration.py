@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from services.adapter_store import refusals
-from services.adapter_store.blobs.interface import Blobs
+from services.adapter_store.blobs.interface import Blobs, PartialBlob
 from services.adapter_store.catalog import Catalog, version_record
+from services.adapter_store.collection import BLOB_GRACE_SECONDS
 from services.adapter_store.journal import Folded, Journal
 from services.adapter_store.log.entry import AliasSet, Body, VersionAdded
 from services.adapter_store.log.fold import AdapterState
@@ -22,6 +25,9 @@ from services.common.packed import ITEM_SIZES
 from services.common.profile import BaseModelProfile
 from services.common.references import STABLE
 from services.common.split import Target
+
+# An entry is appended well within the grace of its blobs.
+_RENEW_AFTER_NS = int(BLOB_GRACE_SECONDS * 1e9) // 2
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +54,17 @@ class Registration:
         Identical content of this adapter is answered with the version that exists, unless that was deleted.
         Raises InvalidArgument and FailedPrecondition that carry every finding.
         """
-        with upload:
+        with upload, contextlib.ExitStack() as staged:
             upload.check_complete()
             profile = self._catalog.profile(header.base_model)
             digest = _upload_digest(header, upload, profile)
             content: VersionContent | None = None
+            packed: PartialBlob | None = None
             existed = False
+            began = 0
 
             def decide(folded: Folded) -> Body | None:
-                nonlocal content, existed
+                nonlocal content, packed, existed, began
                 assert isinstance(folded.state, AdapterState)
                 known = folded.state.with_content(digest)
                 existed = known is not None
@@ -65,11 +73,17 @@ class Registration:
                 if folded.seq == 0:
                     self._check_name(header)
                 if content is None:
-                    content = self._commit(header, profile, upload, digest)
+                    began = self._journal.clock()
+                    packed = staged.enter_context(self._blobs.create())
+                    content = self._commit(header, profile, upload, packed, digest)
                 number = len(folded.state.versions) + 1
                 return VersionAdded(number, content, stable=header.promote or number == 1)
 
             folded = self._journal.commit(adapter_stream(header.adapter), decide, actor=actor)
+            if packed is not None and self._journal.clock() - began > _RENEW_AFTER_NS:
+                # the clock jumped, or all took long: a collection may have found the blobs old, and no entry yet
+                for blob in (upload.config, upload.weights, packed):
+                    blob.commit()
         assert isinstance(folded.state, AdapterState)
         number = folded.state.with_content(digest)
         assert number is not None
@@ -103,15 +117,18 @@ class Registration:
         if self._catalog.base_model(header.adapter.name) is not None:
             raise refusals.named_like_base_model(header.adapter)
 
-    def _commit(self, header: UploadHeader, profile: BaseModelProfile, upload: Upload, digest: str) -> VersionContent:
+    def _commit(
+        self, header: UploadHeader, profile: BaseModelProfile, upload: Upload, packed: PartialBlob, digest: str
+    ) -> VersionContent:
         """Validate, pack, and commit the three blobs; nothing is committed unless all of it went well."""
         # numpy comes with these: 0.1 s and 15 MiB that a store which only resolves and serves never needs
         from services.adapter_store.packing import pack
         from services.adapter_store.validation import validate
 
         weights = upload.weights.map()
-        checked = validate(upload.config.read(), weights, profile, header.overrides)
-        with self._blobs.create() as packed:
+        with ThreadPoolExecutor(1, "commit") as beside:
+            synced = beside.submit(upload.weights.sync)  # while they are checked and packed
+            checked = validate(upload.config.read(), weights, profile, header.overrides)
             contents = pack(
                 checked.modules, weights, content_digest=digest, base_model=profile.name, write=packed.write
             )
@@ -128,12 +145,14 @@ class Registration:
                 warnings=checked.warnings,
                 modules=tuple(BoundModule(module.name, module.rank, module.scale) for module in contents.modules),
             )
-            upload.config.commit()
+            synced.result()
+            upload.config.commit(keep=True)
             commit_step("register.config")
-            upload.weights.commit()
-            commit_step("register.weights")
-            packed.commit()
+            committed = beside.submit(upload.weights.commit, keep=True)  # the disk, or S3, takes both at once
+            packed.commit(keep=True)
             commit_step("register.pack")
+            committed.result()
+            commit_step("register.weights")
         return content
 
 

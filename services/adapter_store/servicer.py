@@ -11,14 +11,21 @@ import grpc.aio
 
 from multilora.adapter_store.v1 import store_pb2, store_pb2_grpc
 from services.adapter_store import convert
+from services.adapter_store.blobs.interface import BlobReader
 from services.adapter_store.feed import Feed
 from services.adapter_store.store import AdapterStore
 from services.common.references import parse_reference
 
-# A read and a message each: with 64 pulls at once, 1 MiB took three times the memory and was slower.
-PULL_CHUNK_BYTES = 256 << 10
+# A read and a message each: 256 KiB costs a third more processor time, 1 MiB three times the memory at 64 pulls.
+PULL_CHUNK_BYTES = 512 << 10
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+async def read_piece(reader: BlobReader, offset: int, length: int) -> bytes:
+    """The next bytes, from a thread only if they have to be waited for."""
+    data = reader.read_now(offset, length)
+    return await asyncio.to_thread(reader.read, offset, length) if data is None else data
 
 
 class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
@@ -45,7 +52,7 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
         reader = await asyncio.to_thread(self._store.open_pack, request.digest, request.offset)
         with reader.closing():
             offset, total_size = request.offset, reader.size
-            while data := await asyncio.to_thread(reader.read, offset, PULL_CHUNK_BYTES):
+            while data := await read_piece(reader, offset, PULL_CHUNK_BYTES):
                 yield store_pb2.PullAdapterResponse(data=data, total_size=total_size)
                 offset, total_size = offset + len(data), 0
             if total_size:  # nothing was left to send, but the size

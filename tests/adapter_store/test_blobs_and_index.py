@@ -106,3 +106,15 @@ def test_the_index_is_synced_at_every_commit(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     index.close()
+
+
+def test_what_is_read_now_is_what_is_read(tmp_path: Path) -> None:
+    blobs = DiskBlobs(tmp_path)
+    with blobs.create() as blob:
+        blob.write(bytes(range(256)) * 1000)
+        blob.sync()
+        digest = blob.commit()
+    with blobs.open(digest).closing() as reader:
+        for offset, length in ((0, 1000), (255_000, 5000), (256_000, 10), (300_000, 10)):
+            assert reader.read_now(offset, length) in (None, reader.read(offset, length))
+    blobs.close()

@@ -42,7 +42,8 @@ class PartialBlob:
         self._blobs = blobs
         self._hash = hashlib.sha256()
         # unbuffered: a full disk shows at the write that fills it, and closing never writes
-        self._file = path.open("xb", buffering=0)
+        with disk_full():
+            self._file = path.open("xb", buffering=0)
 
     def __enter__(self) -> Self:
         return self
@@ -77,25 +78,31 @@ class PartialBlob:
         with self.path.open("rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
 
-    def commit(self) -> str:
-        """Make the bytes durable under their digest, which is returned. Raises DataLoss when the disk holds others."""
+    def sync(self) -> None:
+        """Bytes written so far are on the disk; a commit has little left to wait for."""
         with disk_full():
             os.fsync(self._file.fileno())
+
+    def commit(self, *, keep: bool = False) -> str:
+        """Make the bytes durable under their digest, which is returned. Raises DataLoss when the disk holds others."""
+        self.sync()
         on_disk = os.fstat(self._file.fileno()).st_size
         if on_disk != self.size:
             raise DataLoss("SHORT_WRITE", f"wrote {self.size} bytes, the disk holds {on_disk}; check the disk")
         final = self._blobs.path(self.digest)
-        make_directory(final.parent)
-        commit_step("blobs.disk.synced")
-        with self._blobs.sweep_lock(fcntl.LOCK_SH):
-            with contextlib.suppress(FileExistsError):
-                os.link(self.path, final)
-            os.utime(final)  # its age counts from its last commit
-        commit_step("blobs.disk.linked")
-        # also when it existed: whoever linked it may not have come as far as this
-        fsync_directory(final.parent)
+        with disk_full():
+            make_directory(final.parent)
+            commit_step("blobs.disk.synced")
+            with self._blobs.sweep_lock(fcntl.LOCK_SH):
+                with contextlib.suppress(FileExistsError):
+                    os.link(self.path, final)
+                os.utime(final)  # its age counts from its last commit
+            commit_step("blobs.disk.linked")
+            # also when it existed: whoever linked it may not have come as far as this
+            fsync_directory(final.parent)
         digest = self.digest
-        self.discard()
+        if not keep:
+            self.discard()
         return digest
 
     def discard(self) -> None:
@@ -181,6 +188,17 @@ class BlobReader:
 
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._fd, length, offset)
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        """What the page cache holds: a thread to wait in costs more than the bytes do."""
+        if not hasattr(os, "RWF_NOWAIT"):  # Linux only
+            return None
+        buffer = bytearray(min(length, max(self.size - offset, 0)))
+        try:
+            count = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError:  # not there yet, or a file system that cannot tell
+            return None
+        return bytes(memoryview(buffer)[:count])
 
     def close(self) -> None:
         os.close(self._fd)

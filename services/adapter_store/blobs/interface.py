@@ -37,8 +37,13 @@ class PartialBlob(Protocol):
     def map(self) -> memoryview:
         """A read-only view of all that was written, paged in as it is read. Freed with its last reference."""
 
-    def commit(self) -> str:
+    def sync(self) -> None:
+        """Do the part of a commit that shows nothing, where there is one: while other threads go on with the bytes."""
+
+    def commit(self, *, keep: bool = False) -> str:
         """Make the bytes durable under their digest, which is returned; the staged file is gone after it.
+
+        keep: it stays until `discard`, so that the bytes can be committed again.
 
         A blob that is there already counts as written just now: its age, by which a collection spares what is young,
         starts again. A reader sees a whole blob or none.
@@ -56,6 +61,9 @@ class BlobReader(Protocol):
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes from `offset`: fewer only at the end, none beyond it. Raises NotFound, Unavailable."""
+
+    def read_now(self, offset: int, length: int) -> bytes | None:
+        """As `read`, if that takes no waiting; None when it may."""
 
     def close(self) -> None: ...
 

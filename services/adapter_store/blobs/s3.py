@@ -41,13 +41,17 @@ class S3PartialBlob(PartialBlob):
         super().__init__(staging, path)
         self._target = blobs
 
-    def commit(self) -> str:
+    def sync(self) -> None:
+        """Nothing: what is staged is read once more, and may be lost with the machine."""
+
+    def commit(self, *, keep: bool = False) -> str:
         digest = self.digest
         on_disk = self.path.stat().st_size
         if on_disk != self.size:
             raise DataLoss("SHORT_WRITE", f"wrote {self.size} bytes, the disk holds {on_disk}; check the disk")
         self._target.commit(digest, self.map())
-        self.discard()
+        if not keep:
+            self.discard()
         return digest
 
 
