@@ -13,11 +13,11 @@ from services.common.errors import ResourceExhausted
 
 @contextlib.contextmanager
 def disk_full() -> Iterator[None]:
-    """Raise ResourceExhausted for a disk or quota that is full."""
+    """Raise ResourceExhausted for a disk or quota that is full, or a limit on files' sizes that is reached."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise ResourceExhausted("DISK_FULL", "the store's disk is full; free some space, then upload again") from error
 

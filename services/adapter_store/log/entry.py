@@ -114,9 +114,37 @@ def decode(data: bytes, where: str) -> Entry:
         fields = json.loads(data)
         if fields["format"] != FORMAT:
             raise DataLoss("LOG_FORMAT_UNKNOWN", f"{where} has format {fields['format']}; run a newer adapter store")
-        return Entry(_body(fields), fields["at_ns"], fields["actor"], fields["id"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        body, head = _body(fields), (fields["at_ns"], fields["actor"], fields["id"])
+        _check(body, head)
+        return Entry(body, *head)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataLoss("LOG_ENTRY_BROKEN", f"{where} is no entry of a log: {error!r}; restore it") from error
+
+
+def _check(body: Body, head: tuple[int, str, str]) -> None:
+    """Raise TypeError unless every value is of its field's type: what folds an entry does not look again."""
+    number, alias, targets = subject(body)
+    expected: list[tuple[tuple[object, ...], type]] = [
+        (head[:1], int),
+        (head[1:], str),
+        ((number, *(value for target in targets for value in (target.version, target.weight))), int),
+        ((alias,), str),
+    ]
+    if isinstance(body, VersionAdded):
+        content = body.content
+        digests = (content.content_digest, content.config_digest, content.weights_digest, content.pack_digest)
+        expected += [
+            ((*digests, content.base_model, content.dtype, *content.warnings), str),
+            ((content.pack_size, content.max_rank, content.parameters), int),
+            ((body.stable,), bool),
+            (tuple(module.name for module in content.modules), str),
+            (tuple(module.rank for module in content.modules), int),
+            (tuple(module.scale for module in content.modules), float),
+        ]
+    for values, kind in expected:
+        for value in values:
+            if type(value) is not kind:
+                raise TypeError(f"{value!r:.100} is no {kind.__name__}")
 
 
 def content_fields(content: VersionContent) -> dict[str, Any]:
