@@ -150,9 +150,12 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: self.store(at).changes.undelete_version(parse_name(name), number, actor="jane"),
         )
 
-    @rule(dry_run=st.booleans(), jump=st.sampled_from(JUMPS), at=which)
-    def collect(self, dry_run: bool, jump: int, at: int) -> None:
-        self.model.now_ns += jump
+    @rule(dry_run=st.booleans(), jump=st.sampled_from(JUMPS), is_due=st.booleans(), at=which)
+    def collect(self, dry_run: bool, jump: int, is_due: bool, at: int) -> None:
+        due = [
+            v.deleted_ns for a in self.model.adapters.values() for v in a.versions if v.deleted_ns and not v.collected
+        ]
+        self.model.now_ns = min(due) + DELETE_GRACE_NS if due and is_due else self.model.now_ns + jump
 
         def run() -> Any:
             done = self.store(at).collection.collect(dry_run=dry_run, actor="janitor")
