@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store serve bench-store test test-fast lint protos clean
+.PHONY: help setup demo demo-store serve bench-store test test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,7 +53,7 @@ serve: $(VENV)/.run ## both services on their ports, adapters registered, until 
 
 # Minutes each suite may take on two cores; together they stay within 25.
 test: lint ## everything CI runs
-	timeout 8m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/test_*.py
+	timeout 8m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/fuzz tests/test_*.py
 	timeout 3m $(RUN_TESTS) -q tests/kernels
 	timeout 6m $(RUN_TESTS) -q tests/inference tests/cli tests/integration
 	timeout 8m $(RUN_TESTS) -q tests/parity
@@ -63,6 +63,9 @@ test-fast: $(VENV)/.dev ## the tests that take seconds
 
 bench-store: $(VENV)/.servers ## the store beside bare programs, within six minutes (BENCH_FLAGS=--quick: one)
 	@$(BIN)/python -m services.bench.store $(BENCH_FLAGS)
+
+fuzz: $(VENV)/.dev ## the parsers, a minute each
+	$(BIN)/python -m tests.fuzz.run all --seconds 60
 
 lint: $(VENV)/.dev ## ruff, mypy, buf
 	$(BIN)/ruff check .
