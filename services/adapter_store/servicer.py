@@ -16,16 +16,18 @@ from services.adapter_store.feed import Feed
 from services.adapter_store.store import AdapterStore
 from services.common.references import parse_reference
 
-# A read and a message each: 256 KiB costs a third more processor time, 1 MiB three times the memory at 64 pulls.
-PULL_CHUNK_BYTES = 512 << 10
+# A read and a message each. With 64 pulls at once, messages of 1 MiB took three times the memory; what has to be waited
+# for, as from S3, is held longest.
+PULL_CHUNK_BYTES = 256 << 10
+CACHED_CHUNK_BYTES = 512 << 10
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-async def read_piece(reader: BlobReader, offset: int, length: int) -> bytes:
+async def read_piece(reader: BlobReader, offset: int) -> bytes:
     """The next bytes, from a thread only if they have to be waited for."""
-    data = reader.read_now(offset, length)
-    return await asyncio.to_thread(reader.read, offset, length) if data is None else data
+    data = reader.read_now(offset, CACHED_CHUNK_BYTES)
+    return await asyncio.to_thread(reader.read, offset, PULL_CHUNK_BYTES) if data is None else data
 
 
 class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
@@ -52,7 +54,7 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
         reader = await asyncio.to_thread(self._store.open_pack, request.digest, request.offset)
         with reader.closing():
             offset, total_size = request.offset, reader.size
-            while data := await read_piece(reader, offset, PULL_CHUNK_BYTES):
+            while data := await read_piece(reader, offset):
                 yield store_pb2.PullAdapterResponse(data=data, total_size=total_size)
                 offset, total_size = offset + len(data), 0
             if total_size:  # nothing was left to send, but the size
