@@ -26,9 +26,8 @@ class News(Enum):
 
     RESET = auto()
     HEARTBEAT = auto()
-    MOVED = auto()
+    CHANGED = auto()
     DELETED = auto()
-    OTHER = auto()
     BASE_MODEL = auto()
 
 
@@ -99,7 +98,7 @@ class NameWatch:
             case News.DELETED:
                 self._resolver.changed(message.adapter)
                 self._drop(message.adapter, message.version)
-            case News.MOVED | News.OTHER:
+            case News.CHANGED:
                 await self._refresh(message)
         self._resolver.seen()
 

@@ -121,7 +121,7 @@ def _message(response: store_pb2.WatchAdaptersResponse) -> Message:
     elif response.kind == common_pb2.CHANGE_KIND_VERSION_DELETED:
         news = News.DELETED
     else:
-        news = News.MOVED if response.alias else News.OTHER
+        news = News.CHANGED
     return Message(
         news,
         int(response.revision),
