@@ -129,7 +129,7 @@ class Engine:
     def _record(self, step: list[ScheduledRequest]) -> None:
         now = self._clock()
         self._steps += 1
-        distinct = {scheduled.request.slot for scheduled in step} - {None}
+        distinct = {scheduled.slot for scheduled in step} - {None}
         self._max_adapters_in_step = max(self._max_adapters_in_step, len(distinct))
         for scheduled in step:
             request = scheduled.request

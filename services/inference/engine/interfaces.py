@@ -12,10 +12,14 @@ from services.inference.engine.request import AdapterVersion, Request
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """A request's share of a step: its next `num_tokens` uncomputed tokens."""
+    """A request's share of a step: its next `num_tokens` uncomputed tokens.
+
+    slot: where its adapter lies in the pool, held for this step; None for the base model
+    """
 
     request: Request
     num_tokens: int
+    slot: int | None = None
 
     @property
     def samples(self) -> bool:

@@ -47,7 +47,7 @@ class Scheduler:
                 preempted = True
                 continue
             self.kv.append(request, num_tokens)
-            step.append(ScheduledRequest(request, num_tokens))
+            step.append(ScheduledRequest(request, num_tokens, request.slot))
             budget -= num_tokens
         if not preempted:
             self._admit(step, budget)
@@ -70,7 +70,7 @@ class Scheduler:
             self.waiting.remove(request)
             self.running.append(request)
             request.set_status(RequestStatus.RUNNING)
-            step.append(ScheduledRequest(request, num_tokens))
+            step.append(ScheduledRequest(request, num_tokens, request.slot))
             budget -= num_tokens
 
     def finish(self, request: Request, status: RequestStatus) -> None:

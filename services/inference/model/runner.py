@@ -89,7 +89,7 @@ class ModelRunner:
 
     def _active_set(self, step: Sequence[ScheduledRequest]) -> ActiveSet:
         """The slots of this step; rebuilt only when they, or what lies in them, changed since the last one."""
-        slots = sorted({scheduled.request.slot for scheduled in step if scheduled.request.slot is not None})
+        slots = sorted({scheduled.slot for scheduled in step if scheduled.slot is not None})
         contents = tuple((slot, self._pool.generation(slot)) for slot in slots)
         if contents != self._active_contents:
             self._active = ActiveSet.build(slots, self._pool.tables)
@@ -102,5 +102,5 @@ _NO_ROWS = torch.zeros((0, 0), dtype=torch.int64)
 
 def _row_slots(step: Sequence[ScheduledRequest]) -> Tensor:
     """[rows] int32: the slot of every row, `BASE_ROW` where there is none."""
-    slots = torch.tensor([BASE_ROW if s.request.slot is None else s.request.slot for s in step], dtype=torch.int32)
+    slots = torch.tensor([BASE_ROW if s.slot is None else s.slot for s in step], dtype=torch.int32)
     return slots.repeat_interleave(torch.tensor([scheduled.num_tokens for scheduled in step]))

@@ -66,7 +66,7 @@ class ScriptedRunner:
             return SampledToken(error=DataLoss("SCRIPTED", "the script says so"))
         context = request.num_computed_tokens + scheduled.num_tokens
         seen = [self._cache[self._row(request.block_ids, position)] for position in range(context)]
-        digest = self._adapters.slots[request.slot] if request.slot is not None else ""
+        digest = self._adapters.slots[scheduled.slot] if scheduled.slot is not None else ""
         assert digest is not None, "a slot was taken from a scheduled request"
         return SampledToken(next_token(seen, digest))
 
