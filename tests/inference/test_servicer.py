@@ -114,8 +114,6 @@ def test_prompts_as_text_ids_and_messages_agree(pair: Pair, stub: inference_pb2_
     [
         ({"sampling": {"n": 2}}, "sampling.n above 1"),
         ({"output": inference_pb2.OutputParams(prompt_logprobs=0)}, "output.prompt_logprobs"),
-        ({"priority": 1}, "priority"),
-        ({"priority": -1}, "priority"),
     ],
 )
 def test_what_is_not_served_yet_is_refused_by_name(pair: Pair, fields: dict[str, Any], name: str) -> None:
@@ -125,7 +123,7 @@ def test_what_is_not_served_yet_is_refused_by_name(pair: Pair, fields: dict[str,
 
 
 def test_defaults_said_aloud_and_a_cache_salt_are_taken(pair: Pair) -> None:
-    message = request("x", max_tokens=1, sampling={"n": 1}, priority=0, cache_salt="mine", routing_key="key")
+    message = request("x", max_tokens=1, sampling={"n": 1}, priority=-3, cache_salt="mine", routing_key="key")
     assert len(generate(pair.server.address, message).token_ids) == 1
 
 

@@ -84,7 +84,7 @@ def test_waiting_leaves_out_what_is_resident() -> None:
         resident("t/idle", "CPU", 0),
         resident("t/busy", "GPU", 2),
     )
-    stats = EngineStats(1, 2, 100, 75, 16, 0, 0, 0, 0, 0, 0, 0, adapters)
+    stats = EngineStats(1, 0, 2, 0, 100, 75, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, adapters)
     found = samples(text_string_to_metric_families(render(stats, 4, 0.5).decode()))
     assert found["vllm:lora_requests_info"][0] == {
         "max_lora": "4",
