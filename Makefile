@@ -55,7 +55,7 @@ serve: $(VENV)/.run ## both services on their ports, adapters registered, until 
 test: lint ## everything CI runs
 	timeout 8m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/fuzz tests/test_*.py
 	timeout 3m $(RUN_TESTS) -q tests/kernels
-	timeout 6m $(RUN_TESTS) -q tests/inference tests/cli tests/integration
+	timeout 6m $(RUN_TESTS) -q tests/inference tests/cli tests/bench tests/integration
 	timeout 8m $(RUN_TESTS) -q tests/parity
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
