@@ -11,7 +11,7 @@ class Answer:
 
     pieces: when each piece with generated tokens came
     num_input, num_output: tokens, as the server counts them
-    tier: where the adapter was when the request came, if the server says so
+    tier, version: where the adapter was when the request came, and which one it was, if the server says so
     error: empty when it was answered to its end, else a stable reason
     """
 
@@ -22,6 +22,7 @@ class Answer:
     num_input: int = 0
     num_output: int = 0
     tier: str = ""
+    version: int = 0
     error: str = ""
 
     @property

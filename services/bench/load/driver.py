@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from services.bench.load.answer import Answer
@@ -49,6 +49,26 @@ async def send(
         return answer
 
     return await asyncio.gather(*map(one, requests))
+
+
+async def keep_asking(
+    target: Target,
+    requests: Iterator[Planned],
+    *,
+    max_concurrency: int,
+    until: asyncio.Event,
+    on_end: Callable[[Answer], None] = nothing,
+) -> list[Answer]:
+    """That many in flight, each followed by the next, until the event is set: the answers in the order they ended."""
+    answers: list[Answer] = []
+
+    async def one_after_the_other() -> None:
+        while not until.is_set():
+            answers.append(await ask(target, next(requests)))
+            on_end(answers[-1])
+
+    await asyncio.gather(*(one_after_the_other() for _ in range(max_concurrency)))
+    return answers
 
 
 async def ask(target: Target, request: Planned) -> Answer:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from services.bench.load.popularity import Popularity
@@ -87,6 +88,12 @@ def plan(load: Load, adapters: Sequence[str]) -> list[Planned]:
         prompt = ids.choices(range(FIRST_ID, load.vocab_size), k=num_input)
         requests.append(Planned(names[number], prompt, num_output, moment, load.ignore_eos))
     return requests
+
+
+def endless(load: Load, adapters: Sequence[str]) -> Iterator[Planned]:
+    """The load's requests, then those of the next seed, and so on; none is due at a time."""
+    for seed in itertools.count(load.seed):
+        yield from plan(replace(load, seed=seed, request_rate=math.inf), adapters)
 
 
 def arrivals(requests: int, rate: float, burstiness: float, rng: random.Random) -> list[float]:

@@ -59,7 +59,7 @@ class GrpcTarget:
             async for event in self._stub.Generate(message):
                 match event.WhichOneof("event"):
                     case "started":
-                        answer.num_input = event.started.prompt_tokens
+                        answer.num_input, answer.version = event.started.prompt_tokens, event.started.version
                         answer.tier = common_pb2.Tier.Name(event.started.tier).removeprefix("TIER_")
                     case "chunk" if event.chunk.token_ids:
                         answer.pieces.append(time.perf_counter())
