@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 from services.bench.churn.__main__ import SCENARIOS, run
 from services.bench.churn.ground import Sizes
 

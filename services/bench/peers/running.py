@@ -88,9 +88,7 @@ def peft(python: Path, model: Path, adapters: Sequence[Path], new_tokens: int, w
 
 
 @contextlib.contextmanager
-def _group(
-    command: Sequence[str], output: object, environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
+def _group(command: Sequence[str], output: object, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A program in a process group of its own, so that the processes it starts end with it."""
     with subprocess.Popen(
         command,
