@@ -41,6 +41,10 @@ def vllm(python: Path, model: Path, name: str, adapters: Mapping[str, Path], wor
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    # as its documentation asks for; compiled graphs are kept beside it, so that only the first start takes minutes
+    if preload := list(python.parents[1].glob("lib/libiomp5.so")):
+        environment["LD_PRELOAD"] = str(preload[0])
+    environment["VLLM_CACHE_ROOT"] = str(python.parents[2] / "vllm-cache")
     log = work / "vllm.log"
     with log.open("w") as output, _group(command, output, environment) as process:
         url = f"http://127.0.0.1:{port}"
