@@ -131,16 +131,17 @@ def run(options: argparse.Namespace) -> list[Result]:
         if not rows:
             return results
         peer = {"vllm": version_of(vllm_python, "vllm"), "torch": version_of(vllm_python, "torch")}
-        lora = ("--enable-lora", "--max-loras", str(SLOTS), "--max-cpu-loras", str(2 * FLEET))
-        lora += ("--max-lora-rank", str(RANK))
+        lora = f"--enable-lora --max-loras {SLOTS} --max-cpu-loras {2 * FLEET} --max-lora-rank {RANK}".split()
         # without adapters vLLM runs as one would start it for the base alone
-        for kind, flags, served in (("base", (), {}), ("lora", lora, adapters)):
+        for kind, flags_of_kind, served in (("base", [], {}), ("lora", lora, adapters)):
             chosen = {name: row for name, row in rows.items() if bool(row.adapters) == (kind == "lora")}
             if not chosen:
                 continue
             with contextlib.ExitStack() as running:
                 with says(f"starting vLLM, {kind}"):
-                    theirs = running.enter_context(vllm(vllm_python, model, MODEL_NAME, served, work / kind, *flags))
+                    theirs = running.enter_context(
+                        vllm(vllm_python, model, MODEL_NAME, served, work / kind, *flags_of_kind)
+                    )
                 for row in chosen.values():
                     with says(str(row)):
                         results.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 def main(path: str, new_tokens: int, adapters: list[str]) -> None:
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     names = [f"adapter{number}" for number in range(len(adapters))]
-    model = PeftModel.from_pretrained(base, adapters[0], adapter_name=names[0])
+    model: Any = PeftModel.from_pretrained(base, adapters[0], adapter_name=names[0])
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(adapter, adapter_name=name)
     model.eval()
