@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--served-model-name", "", "name of the base model for clients and adapters; empty: the directory's or file's")
     add("--dtype", defaults["dtype"], "auto, float32 or bfloat16; auto is float32 on a CPU")
     add("--device", defaults["device"], "cpu")
+    add("--cpu-backend", defaults["cpu_backend"], "auto, compiled or torch; auto is compiled where it can be had")
     add("--host", defaults["host"], "address to listen on")
     add("--port", defaults["port"], "gRPC port; 0 takes a free one")
     add("--http-port", defaults["http_port"], "HTTP port; 0 takes a free one, -1 serves no HTTP", int)

@@ -100,12 +100,14 @@ class ServerConfig:
     http_port: None serves no HTTP
     adapter_store: host:port of the store; None serves the base model alone
     threads: 0 takes the cores this process may use
+    cpu_backend: compiled, torch, or auto, which is compiled where it can be had
     """
 
     model: Path
     served_model_name: str = ""
     dtype: str = "auto"
     device: str = "cpu"
+    cpu_backend: str = "auto"
     host: str = "127.0.0.1"
     port: int = 50051
     http_port: int | None = 8000
@@ -130,6 +132,8 @@ class ServerConfig:
             raise ConfigError(f"--dtype is {self.dtype!r}; served are auto, float32 and bfloat16")
         if self.device != "cpu":
             raise ConfigError(f"--device is {self.device!r}; only cpu is served yet")
+        if self.cpu_backend not in ("auto", "compiled", "torch"):
+            raise ConfigError(f"--cpu-backend is {self.cpu_backend!r}; there are auto, compiled and torch")
         if not self.model.exists():
             raise ConfigError(f"--model: nothing is at {self.model}; give a Hugging Face directory or a .gguf file")
 

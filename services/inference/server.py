@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import queue
 import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import torch
 import uvicorn
 
 from multilora.inference.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -33,13 +31,10 @@ from services.inference.engine.loop import EngineLoop
 from services.inference.engine.messages import AdaptersChanged, EngineInput
 from services.inference.engine.scheduler import Scheduler
 from services.inference.http.app import create_app
-from services.inference.model.attention import KVCache
+from services.inference.model.backend import build_runner
 from services.inference.model.config import ModelConfig, load_config
-from services.inference.model.decoder import Decoder
 from services.inference.model.lora import group_shapes
-from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
-from services.inference.model.weights import load_weights
 from services.inference.name_watch import NameWatch
 from services.inference.resolver import Resolver
 from services.inference.servicer import InferenceServicer
@@ -60,8 +55,6 @@ class RunningServer:
 
 def build_engine(config: ServerConfig, model: ModelConfig, *, sampler: Sampler, step_log: StepLog | None) -> EngineLoop:
     """Load the weights, set the KV cache and the slot pool aside, and wire the engine; nothing runs yet."""
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    decoder = Decoder(model, load_weights(config.model, model))
     num_blocks = config.kv_cache_memory_bytes // (model.kv_bytes_per_token * config.block_size)
     limits = SchedulerConfig(
         max_model_len=model.max_model_len,
@@ -75,7 +68,6 @@ def build_engine(config: ServerConfig, model: ModelConfig, *, sampler: Sampler, 
         step_seconds=config.step_seconds,
         weights=config.weights,
     )
-    cache = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
     room = config.adapters
     pool = SlotPool(group_shapes(model), model.num_layers, room.max_loras, room.max_lora_rank, model.dtype)
     inbox: queue.SimpleQueue[EngineInput] = queue.SimpleQueue()
@@ -87,7 +79,7 @@ def build_engine(config: ServerConfig, model: ModelConfig, *, sampler: Sampler, 
         room.max_cpu_loras,
         notify=lambda: inbox.put(AdaptersChanged()),
     )
-    runner = ModelRunner(decoder, cache, pool, sampler)
+    runner = build_runner(config, model, num_blocks, pool, sampler)
     return EngineLoop(Engine(Scheduler(limits, adapters), runner, adapters, time.monotonic, step_log), inbox)
 
 

@@ -1,0 +1,108 @@
+// Sixteen floats at a time, in the compiler's own vectors: AVX-512, AVX2 and plain code are one source.
+//
+// A sum in this backend belongs to one lane from its first term to its last, or is folded in one fixed order; so its
+// bits depend on its own terms alone, never on how many rows, columns or threads are at work beside it.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace multilora {
+
+constexpr int LANES = 16;  // one AVX-512 register, two of AVX2, four of SSE or NEON
+
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
+using HalfWords = uint16_t __attribute__((vector_size(32)));
+
+// The upper half of a float32: a stored value, widened before anything is computed with it.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bits_of(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &value, sizeof to);
+  return to;
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats load(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
+}
+
+inline Floats load(const BFloat16* from) {
+  HalfWords halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return bits_of<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+
+inline float widen(float value) { return value; }
+inline float widen(BFloat16 value) { return bits_of<float>(uint32_t(value.bits) << 16); }
+
+inline void narrow(float value, float& to) { to = value; }
+
+// Rounds to nearest, ties to even; a NaN stays one.
+inline void narrow(float value, BFloat16& to) {
+  const uint32_t bits = bits_of<uint32_t>(value);
+  const bool nan = value != value;
+  to.bits = uint16_t(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The first `count` of sixteen values; the others are 0 and are not read.
+template <class T>
+inline Floats load_some(const T* from, int count) {
+  if (count >= LANES) return load(from);
+  T values[LANES] = {};
+  if (count > 0) std::memcpy(values, from, count * sizeof(T));
+  return load(values);
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// Lane 0 of the result: all lanes folded in halves, 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+template <class Fold>
+inline float fold(Floats v, Fold both) {
+  v = both(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = both(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = both(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  v = both(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  return v[0];
+}
+inline float sum(Floats v) {
+  return fold(v, [](Floats a, Floats b) { return a + b; });
+}
+inline float largest(Floats v) { return fold(v, larger); }
+
+// e^x to about one unit in the last place: 0 below -87, finite at most (e^88), NaN of NaN.
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial, whose first term left out is below 2^-27. Adding
+// 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum, from where it goes into the exponent.
+inline Floats exponential(Floats x) {
+  const Floats clamped = x > 88.0f ? splat(88.0f) : x < -87.0f ? splat(-87.0f) : x;
+  const Floats shifted = clamped * 1.44269504f + 12582912.0f;
+  const Floats n = shifted - 12582912.0f;
+  const Floats r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Floats p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Floats power = bits_of<Floats>((bits_of<Words>(shifted) << 23) + (127u << 23));
+  return x < -87.0f ? Floats{} : p * power;
+}
+
+}  // namespace multilora
