@@ -145,6 +145,13 @@ def test_stop_ids_are_impossible_before_min_tokens() -> None:
     assert tokens == [1, 1, 6]
 
 
+def test_when_every_token_would_end_too_soon_any_is_drawn() -> None:
+    stopping = StoppingParams(10, min_tokens=2, stop_token_ids=frozenset(range(len(LOGITS))))
+    requests = [make_request((), stopping, temperature=1.0, seed=seed) for seed in range(100)]
+    drawn = Sampler().sample(LOGITS.expand(100, -1), requests)
+    assert {each.token_id for each in drawn} == set(range(len(LOGITS)))
+
+
 def test_log_probabilities_are_the_models_own() -> None:
     """Before temperature, filters and penalties."""
     asked = make_request(temperature=2.0, top_k=1, repetition_penalty=2.0, logit_bias={5: 100.0}, logprobs=3)
@@ -202,7 +209,7 @@ def by_full_sort(logits: Tensor, number: float, sampling: SamplingParams) -> tup
 @settings(max_examples=200, deadline=None)
 def test_few_candidates_give_what_a_full_sort_gives(seed: int, vocab: int, spread: float, **sampling: Any) -> None:
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * spread
-    if spread and len(logits.unique()) < vocab:
+    if spread and len(set(logits.tolist())) < vocab:
         logits = torch.sort(logits).values + torch.arange(vocab) * 1e-5  # equal values have no order to agree on
     asked = SamplingParams(seed=seed, **sampling)
     expected, near = by_full_sort(logits, uniform(seed, 0), asked)

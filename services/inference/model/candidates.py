@@ -38,7 +38,7 @@ def largest(row: Row, count: int) -> NDArray[np.intp]:
 
 
 def draw(row: Row, sampling: SamplingParams, number: float) -> int:
-    """The token that a random `number` in [0, 1) falls on. The row is finite but for -inf, and not all of it that."""
+    """The token that a random `number` in [0, 1) falls on. The row may hold -inf, but not only."""
     everything = min(sampling.top_k or row.size, row.size)
     total = _mass(row, sampling.temperature) if everything == row.size > WINDOW else None
     width = min(everything, sampling.top_k or WINDOW)
@@ -88,4 +88,5 @@ def _mass(row: Row, temperature: float) -> float:
 def _weights(values: Row, temperature: float) -> NDArray[np.float64]:
     """Probabilities relative to the first one's; that one subtracted first, or tiny temperatures make inf and NaN."""
     wide = values.astype(np.float64)
-    return np.exp((wide - wide[0]) / temperature)
+    weights: NDArray[np.float64] = np.exp((wide - wide[0]) / temperature)
+    return weights

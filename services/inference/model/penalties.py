@@ -46,7 +46,8 @@ class Penalties:
         for token, bias in sampling.logit_bias.items():
             logits[token] += np.float32(bias)
         if _must_go_on(request):
-            logits[sorted(request.stopping.stop_token_ids)] = -np.inf
+            ends = sorted(request.stopping.stop_token_ids)
+            logits[ends] = -np.inf if len(ends) < logits.size else 0.0  # all are forbidden: then all are alike
         return logits
 
 
