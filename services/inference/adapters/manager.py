@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from services.common.errors import FailedPrecondition, MultiloraError, ResourceExhausted
 from services.inference.adapters import failures
@@ -329,7 +329,7 @@ class AdapterManager:
         """Whether no request has it, and no pin keeps it."""
         return not self._cpu.is_claimed(slot.digest) and slot.digest not in self._cpu.pinned
 
-    def _expiring(self) -> list[Slot]:
+    def _expiring(self) -> Sequence[Slot]:
         return [slot for slot in self._pool.slots() if self._is_idle(slot)] if self._idle_ttl else []
 
     def _tend_pinned(self, tracked: Tracked) -> None:
