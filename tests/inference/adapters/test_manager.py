@@ -329,6 +329,16 @@ def test_a_copy_to_the_pool_that_fails(bench: Bench, monkeypatch: pytest.MonkeyP
     assert bench.step("half") == [1]
 
 
+def test_a_copy_that_fails_while_it_drains(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.bring("half")
+    bench.manager.drain("default/half", 1)
+    monkeypatch.setattr(bench.pool, "_write", lambda *_: 1 / 0)
+    assert bench.run("half") == [None]
+    assert bench.state("half") == "FAILED"
+    bench.manager.end_drain("default/half", 1, evict=True)
+    bench.let_go("half")
+
+
 def test_pinned_adapters_stay_where_they_are(bench: Bench) -> None:
     bench.bring("half", "rank-1", "rank-16")
     bench.manager.pin(bench.version("half"))
