@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from services.cli import adapter_changes, adapter_files, adapters, base_models, bench, generation, status, store
+from services.cli import (
+    adapter_changes,
+    adapter_files,
+    adapters,
+    base_models,
+    bench,
+    generation,
+    residency,
+    status,
+    store,
+)
 from services.cli.exit_codes import EXIT_CODES_HELP, exit_code, one_line
 from services.cli.output import App
 from services.cli.targets import DEFAULT_SERVER, DEFAULT_STORE, DEFAULT_TIMEOUT, Targets
@@ -29,6 +39,10 @@ for command in (
     adapter_changes.undelete,
     adapter_files.validate,
     adapter_files.download,
+    residency.load,
+    residency.unload,
+    residency.pin,
+    residency.unpin,
 ):
     adapters.app.command()(command)
 adapters.app.command("import")(adapter_files.import_)

@@ -235,13 +235,6 @@ def test_the_control_service_tells_the_engines_truth(
     assert adapter.requests >= 2
 
 
-@pytest.mark.parametrize("name", ["LoadAdapter", "UnloadAdapter", "PinAdapter", "UnpinAdapter"])
-def test_calls_that_are_not_served_yet(control: control_pb2_grpc.AdapterControlServiceStub, name: str) -> None:
-    error = raised(getattr(control, name), getattr(control_pb2, f"{name}Request")(adapter="pirate"))
-    assert isinstance(error, Unimplemented)
-    assert name in error.message
-
-
 def test_health_can_be_asked_and_watched(channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
     for service in ("", "multilora.inference.v1.InferenceService", "multilora.inference.v1.AdapterControlService"):
