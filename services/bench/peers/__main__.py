@@ -88,6 +88,7 @@ def main() -> int:
         "--out", type=Path, default=None, help="append the JSON lines to this; default: standard output"
     )
     options = parser.parse_args()
+    servers.end_with_sigterm()
     began = time.monotonic()
     results = run(options)
     lines = "".join(f"{result.to_json()}\n" for result in results)
