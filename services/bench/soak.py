@@ -210,6 +210,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=None, help="PNG of resident memory over time")
     parser.add_argument("--out", type=Path, default=None, help="append the JSON line to this; default: standard output")
     options = parser.parse_args()
+    servers.end_with_sigterm()
     model = (options.model or servers.embedded_model()).resolve()
     sizes = Sizes(rounds=1, prompts=100, input_len=32, output_len=32, seconds=0, registered=0)
     result = run(model, tuple(shlex.split(options.server_flags)), sizes, seconds=60 * options.minutes)

@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a minute instead of six: fewer rounds")
     parser.add_argument("--out", type=Path, default=None, help="where the JSON lines go; default: standard output")
     options = parser.parse_args()
+    servers.end_with_sigterm()
     began = time.monotonic()
     results = run(QUICK if options.quick else FULL)
     lines = "".join(f"{result.to_json()}\n" for result in results)

@@ -51,6 +51,7 @@ def main() -> int:
         "--out", type=Path, default=None, help="append the JSON lines to this; default: standard output"
     )
     options = parser.parse_args()
+    servers.end_with_sigterm()
     began = time.monotonic()
     model = (options.model or servers.embedded_model()).resolve()
     results = run(options.only, model, tuple(shlex.split(options.server_flags)), QUICK if options.quick else FULL)

@@ -88,6 +88,7 @@ def main() -> int:
         "--out", type=Path, default=None, help="append the JSON lines to this; default: standard output"
     )
     options = parser.parse_args()
+    servers.end_with_sigterm()
     began = time.monotonic()
     results = run(options)
     lines = "".join(f"{result.to_json()}\n" for result in results)
@@ -128,25 +129,21 @@ def run(options: argparse.Namespace) -> list[Result]:
             with says("PEFT"), peft(peft_python, model, list(adapters.values())[:BATCH], TOKENS_OUT, work) as batch:
                 peer = {"peft": version_of(peft_python, "peft"), "torch": version_of(peft_python, "torch")}
                 results.append(_beside_peft(batch, ours.http, names[:BATCH], options.rounds, setup | {"peer": peer}))
-        if not rows:
-            return results
-        peer = {"vllm": version_of(vllm_python, "vllm"), "torch": version_of(vllm_python, "torch")}
-        lora = f"--enable-lora --max-loras {SLOTS} --max-cpu-loras {2 * FLEET} --max-lora-rank {RANK}".split()
+        if rows:
+            setup["peer"] = {"vllm": version_of(vllm_python, "vllm"), "torch": version_of(vllm_python, "torch")}
         # without adapters vLLM runs as one would start it for the base alone
-        for kind, flags_of_kind, served in (("base", [], {}), ("lora", lora, adapters)):
-            chosen = {name: row for name, row in rows.items() if bool(row.adapters) == (kind == "lora")}
+        lora = f"--enable-lora --max-loras {SLOTS} --max-cpu-loras {2 * FLEET} --max-lora-rank {RANK}".split()
+        for kind, more, served in (("base", [], {}), ("lora", lora, adapters)):
+            chosen = [row for row in rows.values() if bool(row.adapters) == (kind == "lora")]
             if not chosen:
                 continue
             with contextlib.ExitStack() as running:
                 with says(f"starting vLLM, {kind}"):
-                    theirs = running.enter_context(
-                        vllm(vllm_python, model, MODEL_NAME, served, work / kind, *flags_of_kind)
-                    )
-                for row in chosen.values():
+                    server = vllm(vllm_python, model, MODEL_NAME, served, work / kind, *more)
+                    theirs = running.enter_context(server)
+                for row in chosen:
                     with says(str(row)):
-                        results.append(
-                            _beside_vllm(row, ours.http, theirs, names, options.rounds, setup | {"peer": peer})
-                        )
+                        results.append(_beside_vllm(row, ours.http, theirs, names, options.rounds, setup))
         return results
 
 
@@ -168,7 +165,12 @@ def _beside_vllm(row: Row, ours: str, theirs: str, names: Sequence[str], rounds:
         _figure(f"{row}: tokens/s ÷ vLLM", rate, row.throughput, "{:.0f} and {:.0f} tok/s".format(*tokens)),
         _figure(f"{row}: TTFT of vLLM ÷ ours", ttft, row.ttft, "{:.0f} and {:.0f} ms".format(*waits)),
     ]
-    setup |= {"row": str(row), "adapters": row.adapters, "max_concurrency": row.concurrency, "prompts": row.prompts}
+    setup = setup | {
+        "row": str(row),
+        "adapters": row.adapters,
+        "max_concurrency": row.concurrency,
+        "prompts": row.prompts,
+    }
     return Result("peers", setup, spreads | {"ratio": spread(rate), "ttft_ratio": spread(ttft)}, figures)
 
 
@@ -187,7 +189,7 @@ def _beside_peft(batch: MixedBatch, ours: str, names: Sequence[str], rounds: int
     tokens = [spreads[who]["output_throughput"]["median"] for who in found]
     note = "{:.0f} and {:.0f} tok/s, ours over HTTP".format(*tokens)
     figures = [_figure(f"a mixed batch of {BATCH}: tokens/s ÷ PEFT", ratios, PEFT_THROUGHPUT, note)]
-    setup |= {"row": PEFT_ROW, "adapters": BATCH, "max_concurrency": BATCH, "prompts": BATCH}
+    setup = setup | {"row": PEFT_ROW, "adapters": BATCH, "max_concurrency": BATCH, "prompts": BATCH}
     return Result("peers", setup, spreads | {"ratio": spread(ratios)}, figures)
 
 
