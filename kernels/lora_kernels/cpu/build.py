@@ -49,7 +49,9 @@ def library_name(level: str) -> str:
     return f"multilora-cpu-{level}-{digest.hexdigest()[:16]}.so"
 
 
-def compile_library(level: str, to: Path, extra_flags: Sequence[str] = ()) -> None:
+def compile_library(
+    level: str, to: Path, *, source: Path = SOURCE / "step.cpp", extra_flags: Sequence[str] = ()
+) -> None:
     """Compile for a level. Raises UnavailableError when there is no compiler, or it fails."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -58,7 +60,7 @@ def compile_library(level: str, to: Path, extra_flags: Sequence[str] = ()) -> No
     with tempfile.TemporaryDirectory(dir=to.parent) as scratch:
         made = Path(scratch) / to.name
         march = [LEVELS[level][0]] if LEVELS[level][0] else []
-        command = [compiler, *FLAGS, *march, *extra_flags, str(SOURCE / "step.cpp"), "-o", str(made)]
+        command = [compiler, *FLAGS, *march, *extra_flags, str(source), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise UnavailableError(f"{compiler} does not compile the backend: {done.stderr.strip()[-2000:]}")

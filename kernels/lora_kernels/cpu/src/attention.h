@@ -133,7 +133,7 @@ class Attention {
     for (int c = 0; c < columns; c += LANES) {
       Floats s = load(scores + c);
       if (visible - c < LANES) {
-        s = lanes_below(visible - c) ? s : splat(-std::numeric_limits<float>::infinity());
+        s = NUMBERS < visible - c ? s : splat(-std::numeric_limits<float>::infinity());
         store(scores + c, s);
       }
       most = larger(most, s);
@@ -149,10 +149,6 @@ class Attention {
     state[0] = largest_score;
     state[1] = state[1] * kept[0] + sum(total);
     for (int d = 0; d < width_; d += LANES) store(state + 2 + d, load(state + 2 + d) * kept);
-  }
-
-  static Ints lanes_below(int count) {
-    return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < count;
   }
 
   const int kv_heads_, group_, dim_, width_, block_size_;

@@ -6,15 +6,18 @@
 
 namespace multilora {
 
-// Columns a product computes at once: bf16 weights of one input are then one cache line, and each row keeps two
-// registers of sums.
+// Columns a product computes at once: bf16 weights of one input are then one cache line.
 constexpr int COLUMNS = 32;
+constexpr int REGISTERS = COLUMNS / LANES;  // that hold a row's sums
 
-// Rows that share what was loaded of w. Sums take 2 * ROWS registers; two more hold w and one a value of x.
+// Rows that share what was loaded of w: as many as leave registers for w and a value of x beside the sums, 24 of 32 in
+// AVX-512, 12 of 16 in AVX2.
 #if defined(__AVX512F__)
 constexpr int ROWS = 12;
+#elif defined(__AVX__)
+constexpr int ROWS = 3;
 #else
-constexpr int ROWS = 3;  // AVX2: 12 of 16 registers; fewer would not hide the loads of w
+constexpr int ROWS = 1;
 #endif
 
 // How far ahead of itself a product asks memory for weights: 3 KiB measured best of 1, 2, 3 and 4.
@@ -27,23 +30,23 @@ struct PairedBFloat16 {
 };
 
 inline int place_in_panel(const float*, int column) { return column; }
-inline int place_in_panel(const PairedBFloat16*, int column) { return column < LANES ? 2 * column : 2 * (column - LANES) + 1; }
+inline int place_in_panel(const PairedBFloat16*, int column) {
+  return column < COLUMNS / 2 ? 2 * column : 2 * (column - COLUMNS / 2) + 1;
+}
 
 inline float widen(PairedBFloat16 value) { return bits_of<float>(uint32_t(value.bits) << 16); }
 
-inline void load_columns(const float* from, Floats& low, Floats& high) {
-  low = load(from);
-  high = load(from + LANES);
+template <class T>
+inline void load_columns(const T* from, Floats (&columns)[REGISTERS]) {
+  for (int i = 0; i < REGISTERS; ++i) columns[i] = load(from + i * LANES);
 }
-inline void load_columns(const BFloat16* from, Floats& low, Floats& high) {
-  low = load(from);
-  high = load(from + LANES);
-}
-inline void load_columns(const PairedBFloat16* from, Floats& low, Floats& high) {
-  Words pairs;
-  std::memcpy(&pairs, from, sizeof pairs);
-  low = bits_of<Floats>(pairs << 16);
-  high = bits_of<Floats>(pairs & 0xffff0000u);
+inline void load_columns(const PairedBFloat16* from, Floats (&columns)[REGISTERS]) {
+  for (int i = 0; i < REGISTERS / 2; ++i) {
+    Words pairs;
+    std::memcpy(&pairs, from + 2 * i * LANES, sizeof pairs);
+    columns[i] = bits_of<Floats>(pairs << 16);
+    columns[i + REGISTERS / 2] = bits_of<Floats>(pairs & 0xffff0000u);
+  }
 }
 
 enum class From { MEMORY, CACHE };  // where w lies: MEMORY asks for what comes next ahead of time
@@ -51,23 +54,22 @@ enum class From { MEMORY, CACHE };  // where w lies: MEMORY asks for what comes 
 template <int R, From from, class W>
 inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
                           size_t y_stride, bool add) {
-  Floats sums[R][2];
+  Floats sums[R][REGISTERS];
   for (int r = 0; r < R; ++r)
-    for (int half = 0; half < 2; ++half) sums[r][half] = add ? load(y + r * y_stride + half * LANES) : Floats{};
+    for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
   for (int k = 0; k < depth; ++k, w += w_stride) {
     if constexpr (from == From::MEMORY)
       for (size_t line = 0; line < COLUMNS * sizeof(W); line += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(w) + AHEAD_BYTES + line);
-    Floats low, high;
-    load_columns(w, low, high);
+    Floats columns[REGISTERS];
+    load_columns(w, columns);
     for (int r = 0; r < R; ++r) {
       const Floats value = splat(x[r * x_stride + k]);
-      sums[r][0] += value * low;
-      sums[r][1] += value * high;
+      for (int i = 0; i < REGISTERS; ++i) sums[r][i] += value * columns[i];
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int half = 0; half < 2; ++half) store(y + r * y_stride + half * LANES, sums[r][half]);
+    for (int i = 0; i < REGISTERS; ++i) store(y + r * y_stride + i * LANES, sums[r][i]);
 }
 
 template <int R, From from, class W>

@@ -30,14 +30,15 @@ namespace {
 
 constexpr int PAGE_ROWS = 16;  // rank rows in a page of the slot pool, as in layout.py
 
-// From here on a panel is widened once for all rows, since widening it for every ROWS of them would cost a tenth.
-constexpr int WIDE_ROWS = 4 * ROWS;
+// More rows than a product takes at once would each time widen the weights again. So they are widened first, this many
+// inputs at a time: 16 KiB of float32, half of a first-level cache.
+constexpr int WIDENED = 128;
 
 // Rows and ranks whose dot products are computed together: as many sums as hide the latency of one.
 #if defined(__AVX512F__)
 constexpr int DOT_ROWS = 4;
 #else
-constexpr int DOT_ROWS = 1;
+constexpr int DOT_ROWS = 2;
 #endif
 constexpr int DOT_RANKS = 4;
 
@@ -64,7 +65,7 @@ struct Segment {
   int first, rows, slot;
 };
 
-// y[i, j] = scale * sum over k:  x[i, k] * a[j, k],  for R rows and DOT_RANKS ranks; lane k % 16 sums ascending k.
+// y[i, j] = scale * sum over k:  x[i, k] * a[j, k],  for R rows and DOT_RANKS ranks; lane k % LANES sums ascending k.
 template <int R, class T>
 inline void dot(const float* x, size_t x_stride, const T* a, int depth, float scale, float* y, size_t y_stride) {
   Floats sums[R][DOT_RANKS] = {};
@@ -117,7 +118,8 @@ class Decoder final : public Engine {
   struct Scratch {
     explicit Scratch(const Model& model) : attention(model) {}
     Attention<T> attention;
-    Buffer panel, state, part;
+    Buffer state, part;
+    alignas(64) float widened[WIDENED * COLUMNS];
     alignas(64) T tail[PAGE_ROWS * COLUMNS];
   };
 
@@ -263,7 +265,7 @@ class Decoder final : public Engine {
   void choose(const float* logits, int32_t& best, uint8_t& finite) const {
     const int vocab = int(model_.vocab);
     Floats most = splat(-std::numeric_limits<float>::infinity()), zeros{};
-    Ints ids{}, lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Ints ids{}, lanes = NUMBERS;
     int c = 0;
     for (; c + LANES <= vocab; c += LANES, lanes += LANES) {
       const Floats values = load(logits + c);
@@ -368,21 +370,27 @@ class Decoder final : public Engine {
       const int panel = item - starts[index], column = panel * COLUMNS;
       const Weight* weight = static_cast<const Weight*>(linear.weight) + size_t(panel) * depth * COLUMNS;
       float* out = y + size_t(item) * COLUMNS;
-      if (rows < WIDE_ROWS) {
-        multiply<From::MEMORY>(rows, x, x_stride, weight, COLUMNS, int(depth), out, y_stride, false);
-      } else {
-        float* wide = mine.panel.at_least(size_t(depth) * COLUMNS);
-        for (int k = 0; k < depth; ++k) {
-          Floats low, high;
-          load_columns(weight + size_t(k) * COLUMNS, low, high);
-          store(wide + k * COLUMNS, low);
-          store(wide + k * COLUMNS + LANES, high);
-        }
-        multiply(rows, x, x_stride, wide, COLUMNS, int(depth), out, y_stride, false);
-      }
+      if (rows <= ROWS) multiply<From::MEMORY>(rows, x, x_stride, weight, COLUMNS, int(depth), out, y_stride, false);
+      else multiply_widened(mine.widened, rows, x, x_stride, weight, int(depth), out, y_stride);
       if (segments == nullptr) return;
       for (const Segment& segment : *segments) expand(mine, linear, index, segment, rows, column, out, y_stride);
     });
+  }
+
+  // As multiply, in the same order: sums wait in y from one block of inputs to the next.
+  static void multiply_widened(float* widened, int rows, const float* x, int x_stride, const Weight* weight, int depth,
+                               float* y, int y_stride) {
+    for (int start = 0; start < depth; start += WIDENED) {
+      const int here = std::min(WIDENED, depth - start);
+      for (int k = 0; k < here; ++k, weight += COLUMNS) {
+        for (size_t line = 0; line < COLUMNS * sizeof(Weight); line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(weight + WIDENED * COLUMNS) + line);
+        Floats columns[REGISTERS];
+        load_columns(weight, columns);
+        for (int i = 0; i < REGISTERS; ++i) store(widened + k * COLUMNS + i * LANES, columns[i]);
+      }
+      multiply(rows, x + start, x_stride, widened, COLUMNS, here, y, y_stride, start > 0);
+    }
   }
 
   // y += s B for 32 columns of one segment's rows, over its own ranks in ascending order.

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, in the compiler's own vectors: AVX-512, AVX2 and plain code are one source.
+// A register of floats at a time, in the compiler's own vectors: AVX-512, AVX2 and plain code are one source.
 //
 // A sum in this backend belongs to one lane from its first term to its last, or is folded in one fixed order; so its
 // bits depend on its own terms alone, never on how many rows, columns or threads are at work beside it.
@@ -8,15 +8,22 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace multilora {
 
-constexpr int LANES = 16;  // one AVX-512 register, two of AVX2, four of SSE or NEON
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;  // SSE, NEON
+#endif
 
-using Floats = float __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
-using Ints = int32_t __attribute__((vector_size(64)));
-using HalfWords = uint16_t __attribute__((vector_size(32)));
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using HalfWords = uint16_t __attribute__((vector_size(2 * LANES)));
 
 // The upper half of a float32: a stored value, widened before anything is computed with it.
 struct BFloat16 {
@@ -31,7 +38,7 @@ inline To bits_of(From value) {
   return to;
 }
 
-inline Floats splat(float value) { return Floats{} + value; }
+inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats load(const float* from) {
   Floats values;
@@ -59,7 +66,7 @@ inline void narrow(float value, BFloat16& to) {
   to.bits = uint16_t(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// The first `count` of sixteen values; the others are 0 and are not read.
+// The first `count` values of a register's; the others are 0 and are not read.
 template <class T>
 inline Floats load_some(const T* from, int count) {
   if (count >= LANES) return load(from);
@@ -70,14 +77,23 @@ inline Floats load_some(const T* from, int count) {
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-// Lane 0 of the result: all lanes folded in halves, 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+template <int... lane>
+constexpr Ints numbered(std::integer_sequence<int, lane...>) {
+  return Ints{lane...};
+}
+// 0, 1, 2 …
+constexpr Ints NUMBERS = numbered(std::make_integer_sequence<int, LANES>());
+
+// All lanes in one: the upper half folded onto the lower, and so on down to one lane.
+template <int half = LANES / 2, class Fold, int... lane>
+inline float fold(Floats v, Fold both, std::integer_sequence<int, lane...> all) {
+  v = both(v, __builtin_shufflevector(v, v, (lane ^ half)...));
+  if constexpr (half == 1) return v[0];
+  else return fold<half / 2>(v, both, all);
+}
 template <class Fold>
 inline float fold(Floats v, Fold both) {
-  v = both(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = both(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = both(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  v = both(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-  return v[0];
+  return fold(v, both, std::make_integer_sequence<int, LANES>());
 }
 inline float sum(Floats v) {
   return fold(v, [](Floats a, Floats b) { return a + b; });
