@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +70,11 @@ class SchedulerConfig:
     max_num_batched_tokens: most tokens in one step; longer prompts are cut into chunks
     block_size: tokens a KV block holds
     num_blocks: KV blocks, the null block included
+    max_waiting_requests: most requests that wait to be admitted; one adapter's may be half of what others leave
+    enable_prefix_caching: whether requests share the blocks of a common beginning
+    turn_tokens: tokens of a request before its adapter's slot may pass to another that waits
+    step_seconds: seconds that a step with prompts in it should take at most
+    weights: fair shares of tenants (`acme`) and of adapters (`acme/pirate`), where they are not 1
     """
 
     max_model_len: int
@@ -76,9 +82,21 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     block_size: int = 16
+    max_waiting_requests: int = 1024
+    enable_prefix_caching: bool = True
+    turn_tokens: int = 32
+    step_seconds: float = 0.1
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _at_least("--max-model-len", self.max_model_len, 2)
+        _at_least("--max-waiting-requests", self.max_waiting_requests, 1)
+        _at_least("--turn-tokens", self.turn_tokens, 1)
+        if not self.step_seconds > 0:
+            raise ConfigError(f"--step-seconds is {self.step_seconds}; it must be above 0")
+        for name, weight in self.weights.items():
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"--share-weight {name}={weight}: a weight must be above 0 and finite")
         _at_least("--max-num-seqs", self.max_num_seqs, 1)
         _at_least("--block-size", self.block_size, 1)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -96,7 +114,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Everything the command line says.
+    """Everything the command line says; see the configs above for what they share with it.
 
     max_model_len: 0 takes the model's own length
     http_port: None serves no HTTP
@@ -119,6 +137,11 @@ class ServerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     block_size: int = 16
+    max_waiting_requests: int = 1024
+    enable_prefix_caching: bool = True
+    turn_tokens: int = 32
+    step_seconds: float = 0.1
+    weights: Mapping[str, float] = field(default_factory=dict)
     kv_cache_memory_bytes: int = 1 << 30
     shutdown_grace: float = 30.0
     threads: int = 0

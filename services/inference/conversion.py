@@ -30,8 +30,6 @@ def to_generation_request(request: inference_pb2.GenerateRequest, timeout: float
 
     timeout: seconds until the call's deadline; None when it has none
     """
-    if request.priority != 0:
-        raise Unimplemented.not_yet("priority")
     if request.output.HasField("prompt_logprobs"):
         raise Unimplemented.not_yet("output.prompt_logprobs")
     return GenerationRequest(
@@ -42,6 +40,8 @@ def to_generation_request(request: inference_pb2.GenerateRequest, timeout: float
         stopping=_to_stopping(request.stopping),
         stream_interval=request.output.stream_interval if request.output.HasField("stream_interval") else 1,
         routing_key=request.routing_key,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
         timeout=timeout,
     )
 

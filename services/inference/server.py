@@ -70,6 +70,11 @@ def build_engine(config: ServerConfig, model: ModelConfig, *, sampler: Sampler, 
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
+        max_waiting_requests=config.max_waiting_requests,
+        enable_prefix_caching=config.enable_prefix_caching,
+        turn_tokens=config.turn_tokens,
+        step_seconds=config.step_seconds,
+        weights=config.weights,
     )
     cache = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
     room = config.adapters

@@ -12,7 +12,8 @@ from services.inference.engine.request import AdapterVersion, SamplingParams, St
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """Generate. `timeout` is seconds from now until the caller's deadline, if it has one."""
+    """Generate. timeout: seconds from now until the caller's deadline, if it has one; priority: higher is sooner;
+    cache_salt: only requests with the same one share what is computed of a common beginning."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -20,6 +21,8 @@ class AddRequest:
     stopping: StoppingParams
     adapter: AdapterVersion | None = None
     timeout: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +183,24 @@ class ResidentAdapter:
 class EngineStats:
     """The engine's truth at one moment. Counters count from the start.
 
+    running, parked: requests with KV blocks that take part in steps, and whose adapter's turn it is not
+    waiting: requests without blocks; refused: those that found the queue full
+    prefix_queried_tokens, prefix_hit_tokens: prompt tokens looked for in the prefix cache, and found
     adapter_transitions: how often adapters went from one `AdapterState` to another, by their names
     """
 
     running: int
+    parked: int
     waiting: int
+    refused: int
     blocks: int
     blocks_free: int
     block_size: int
     steps: int
     preemptions: int
+    parkings: int
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
     slot_evictions: int
     adapter_loads: int
     max_adapters_in_step: int
