@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
 
 import httpx
 import pytest
@@ -91,7 +93,13 @@ def test_waiting_leaves_out_what_is_resident() -> None:
         resident("t/idle", "CPU", 0),
         resident("t/busy", "GPU", 2),
     )
-    stats = EngineStats(1, 0, 2, 0, 100, 75, 16, *[0] * 10, adapters, {("STORE", "PULLING"): 3})
+    counts: dict[str, Any] = {each.name: 0 for each in fields(EngineStats)} | {
+        "running": 1,
+        "waiting": 2,
+        "blocks": 100,
+    }
+    moves = {("STORE", "PULLING"): 3}
+    stats = EngineStats(**counts | {"blocks_free": 75, "adapters": adapters, "adapter_transitions": moves})
     found = samples(text_string_to_metric_families(render(stats, 4, 0.5).decode()))
     assert found["vllm:lora_requests_info"][0] == {
         "max_lora": "4",
