@@ -52,12 +52,12 @@ class Attention {
   int state_size() const { return 2 + width_; }
 
   // The sums of all queries of a tile and KV head over one part, as [rows * group, state_size()].
-  void part(const RowTile& tile, int kv_head, int part, const Layer& layer, const Batch& batch, const float* q,
-            size_t q_stride, float* state) {
+  void part(const RowTile& tile, int kv_head, int part, const Layer& layer, const Batch& batch, const Rows& q,
+            float* state) {
     const int queries = tile.rows * group_;
     float* gathered = queries_.at_least(size_t(queries) * dim_);
     for (int i = 0; i < queries; ++i) {
-      const float* from = q + (tile.first + i / group_) * q_stride + (kv_head * group_ + i % group_) * dim_;
+      const float* from = q[tile.first + i / group_] + (kv_head * group_ + i % group_) * dim_;
       for (int d = 0; d < dim_; ++d) gathered[i * dim_ + d] = from[d] * scale_;
     }
     for (int i = 0; i < queries; ++i) {

@@ -34,6 +34,21 @@ class Buffer {
   size_t count_ = 0;
 };
 
+// Rows of activations.
+class Rows {
+ public:
+  // Rows lie an odd number of cache lines apart, so that columns of many rows do not share a few sets of a cache.
+  explicit Rows(int width) : stride_((width + 15) / 16 * 16 | 16) {}
+
+  void at_least(size_t rows) { values_.at_least(rows * stride_); }
+  float* operator[](size_t row) const { return values_.data() + row * stride_; }
+  int stride() const { return stride_; }
+
+ private:
+  const int stride_;
+  Buffer values_;
+};
+
 // The structs below are read from Python: native.py repeats them field by field.
 extern "C" {
 

@@ -20,8 +20,8 @@ constexpr int ROWS = 3;
 constexpr int ROWS = 1;
 #endif
 
-// How far ahead of itself a product asks memory for weights: 3 KiB measured best of 1, 2, 3 and 4.
-constexpr int AHEAD_BYTES = 3072;
+// How far ahead of itself a product asks memory for packed weights, in bytes.
+constexpr int WEIGHTS_AHEAD = 3072;
 
 // Base weights, packed: panels of COLUMNS columns, [columns / 32, in, 32], so that a product reads memory in order.
 // bf16 columns c and c + 16 lie side by side: a shift widens sixteen of them, a mask the other sixteen.
@@ -49,18 +49,21 @@ inline void load_columns(const PairedBFloat16* from, Floats (&columns)[REGISTERS
   }
 }
 
-enum class From { MEMORY, CACHE };  // where w lies: MEMORY asks for what comes next ahead of time
+// Ask memory for as many bytes as a row of w has, `ahead` bytes past it.
+template <class W>
+inline void prefetch(const W* w, int ahead) {
+  for (size_t line = 0; line < COLUMNS * sizeof(W); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + line);
+}
 
-template <int R, From from, class W>
+template <int R, int ahead, class W>
 inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
                           size_t y_stride, bool add) {
   Floats sums[R][REGISTERS];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
   for (int k = 0; k < depth; ++k, w += w_stride) {
-    if constexpr (from == From::MEMORY)
-      for (size_t line = 0; line < COLUMNS * sizeof(W); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(w) + AHEAD_BYTES + line);
+    if constexpr (ahead > 0) prefetch(w, ahead);
     Floats columns[REGISTERS];
     load_columns(w, columns);
     for (int r = 0; r < R; ++r) {
@@ -72,11 +75,11 @@ inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_
     for (int i = 0; i < REGISTERS; ++i) store(y + r * y_stride + i * LANES, sums[r][i]);
 }
 
-template <int R, From from, class W>
+template <int R, int ahead, class W>
 inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
                           size_t y_stride, bool add) {
-  if (rows == R) return multiply_rows<R, from>(x, x_stride, w, w_stride, depth, y, y_stride, add);
-  if constexpr (R > 1) multiply_rest<R - 1, from>(rows, x, x_stride, w, w_stride, depth, y, y_stride, add);
+  if (rows == R) return multiply_rows<R, ahead>(x, x_stride, w, w_stride, depth, y, y_stride, add);
+  if constexpr (R > 1) multiply_rest<R - 1, ahead>(rows, x, x_stride, w, w_stride, depth, y, y_stride, add);
 }
 
 // Semantics:
@@ -85,12 +88,13 @@ inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w,
 //     x: [rows, depth], rows x_stride apart      float32
 //     w: [depth, 32], rows w_stride apart        float32, bf16 or packed bf16
 //     y: [rows, 32], rows y_stride apart         float32
+//     ahead: bytes past a row of w at which memory is asked for what comes next; 0 where w is in cache
 // Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
-template <From from = From::CACHE, class W>
+template <int ahead = 0, class W>
 void multiply(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
               size_t y_stride, bool add) {
   for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride)
-    multiply_rest<ROWS, from>(rows < ROWS ? rows : ROWS, x, x_stride, w, w_stride, depth, y, y_stride, add);
+    multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, w_stride, depth, y, y_stride, add);
 }
 
 }  // namespace multilora

@@ -4,14 +4,15 @@
 //
 //     rows      x += down's output of the layer before;  h = norm(x)
 //     shrink    s = h A of every row's own adapter, for q, k and v              (only when a row has an adapter)
-//     panels    q, k, v = h W + s B, 32 columns at a time
+//     panels    q, k, v = h W, 32 columns at a time
+//     expand    q, k, v += s B                                                  (as shrink)
 //     rows      rotate q and k;  k, v into the cache
 //     tiles     attention
-//     shrink, panels                o
+//     shrink, panels, expand        o
 //     rows      x += o;  h = norm(x)
-//     shrink, panels                gate, up
+//     shrink, panels, expand        gate, up
 //     rows      silu(gate) * up
-//     shrink, panels                down
+//     shrink, panels, expand        down
 //
 // Activations are float32 throughout, weights and cache as stored; a value is rounded only into the cache.
 
@@ -46,6 +47,11 @@ constexpr int DOT_RANKS = 4;
 constexpr int SHRINK_ROWS = 32;
 constexpr int SHRINK_RANKS = 8;
 
+// An item of an expand: columns of one segment. A page of B is read in sixteen streams, a line of each at a time; each
+// is asked for four lines ahead of itself.
+constexpr int EXPAND_COLUMNS = 8 * COLUMNS;
+constexpr int B_AHEAD = 256;
+
 int padded(int64_t columns) { return int((columns + COLUMNS - 1) / COLUMNS * COLUMNS); }
 
 // Base weights as they lie packed, by how activations' neighbours (adapters, cache) are stored.
@@ -72,7 +78,11 @@ inline void dot(const float* x, size_t x_stride, const T* a, int depth, float sc
   int k = 0;
   for (; k + LANES <= depth; k += LANES) {
     Floats ranks[DOT_RANKS];
-    for (int j = 0; j < DOT_RANKS; ++j) ranks[j] = load(a + size_t(j) * depth + k);
+    for (int j = 0; j < DOT_RANKS; ++j) {
+      const T* from = a + size_t(j) * depth + k;
+      ranks[j] = load(from);
+      __builtin_prefetch(from + size_t(DOT_RANKS) * depth);  // the same inputs of the next ranks
+    }
     for (int r = 0; r < R; ++r) {
       const Floats values = load(x + r * x_stride + k);
       for (int j = 0; j < DOT_RANKS; ++j) sums[r][j] += values * ranks[j];
@@ -102,8 +112,13 @@ class Decoder final : public Engine {
         layers_(model.decoder, model.decoder + model.layers),
         q_width_(padded(model.heads * model.head_dim)),
         kv_width_(padded(model.kv_heads * model.head_dim)),
-        hidden_(padded(model.hidden)),
         inner_(padded(model.inner)),
+        x_(padded(model.hidden)),
+        h_(padded(model.hidden)),
+        y_(padded(model.hidden)),
+        qkv_(q_width_ + 2 * kv_width_),
+        attended_(q_width_),
+        gate_up_(2 * inner_),
         team_(threads) {
     for (int thread = 0; thread < threads; ++thread) scratch_.push_back(std::make_unique<Scratch>(model));
   }
@@ -125,12 +140,7 @@ class Decoder final : public Engine {
 
   void prepare(const Batch& batch) {
     const size_t rows = batch.rows;
-    x_.at_least(rows * hidden_);
-    h_.at_least(rows * hidden_);
-    y_.at_least(rows * hidden_);
-    qkv_.at_least(rows * (q_width_ + 2 * kv_width_));
-    attended_.at_least(rows * q_width_);
-    gate_up_.at_least(rows * 2 * inner_);
+    for (Rows* of : {&x_, &h_, &y_, &qkv_, &attended_, &gate_up_}) of->at_least(rows);
     shrunk_.at_least(3 * rows * rank_columns());
     segments_.clear();
     tiles_.clear();
@@ -160,31 +170,28 @@ class Decoder final : public Engine {
     for (const Layer& layer : layers_) {
       const bool first = &layer == &layers_.front();
       team_.each(rows, 1, [&](int row) {
-        if (first) embed(batch.tokens[row], x_.data() + size_t(row) * hidden_);
+        if (first) embed(batch.tokens[row], x_[row]);
         else residual(row);
         norm(row, layer.input_norm, row);
       });
-      float* qkv = qkv_.data();
-      const int qkv_width = q_width_ + 2 * kv_width_;
-      linears(batch, mine, layer.linears + Q, 3, model_.hidden, h_.data(), hidden_, qkv, qkv_width);
-      team_.each(rows, 1, [&](int row) { cache(batch, layer, row, qkv + size_t(row) * qkv_width); });
-      attend(batch, layer, mine, qkv, qkv_width);
-      linears(batch, mine, layer.linears + O, 1, model_.heads * model_.head_dim, attended_.data(), q_width_, y_.data(),
-              hidden_);
+      linears(batch, mine, layer.linears + Q, 3, model_.hidden, h_, qkv_);
+      team_.each(rows, 1, [&](int row) { cache(batch, layer, row); });
+      attend(batch, layer, mine);
+      linears(batch, mine, layer.linears + O, 1, model_.heads * model_.head_dim, attended_, y_);
       team_.each(rows, 1, [&](int row) {
         residual(row);
         norm(row, layer.post_attention_norm, row);
       });
-      linears(batch, mine, layer.linears + GATE, 2, model_.hidden, h_.data(), hidden_, gate_up_.data(), 2 * inner_);
-      team_.each(rows, 1, [&](int row) { activate(gate_up_.data() + size_t(row) * 2 * inner_); });
-      linears(batch, mine, layer.linears + DOWN, 1, model_.inner, gate_up_.data(), 2 * inner_, y_.data(), hidden_);
+      linears(batch, mine, layer.linears + GATE, 2, model_.hidden, h_, gate_up_);
+      team_.each(rows, 1, [&](int row) { activate(gate_up_[row]); });
+      linears(batch, mine, layer.linears + DOWN, 1, model_.inner, gate_up_, y_);
     }
     const int sampled = int(batch.sampled), vocab = padded(model_.vocab);
     team_.each(sampled, 1, [&](int index) {
       residual(batch.sampled_rows[index]);
       norm(batch.sampled_rows[index], model_.norm, index);
     });
-    project(mine, &model_.head, 1, sampled, model_.hidden, h_.data(), hidden_, batch.logits, vocab, nullptr);
+    project(mine, &model_.head, 1, sampled, int(model_.hidden), h_, batch.logits, vocab);
     team_.each(sampled, 1, [&](int index) {
       choose(batch.logits + size_t(index) * vocab, batch.best[index], batch.finite[index]);
     });
@@ -206,16 +213,16 @@ class Decoder final : public Engine {
   }
 
   void residual(int row) {
-    float* x = x_.data() + size_t(row) * hidden_;
-    const float* y = y_.data() + size_t(row) * hidden_;
+    float* x = x_[row];
+    const float* y = y_[row];
     for (int k = 0; k < model_.hidden; ++k) x[k] += y[k];
   }
 
   // h[to] = x[row] / rms(x[row]) * weight
   void norm(int row, const float* weight, int to) {
     const int hidden = int(model_.hidden);
-    const float* x = x_.data() + size_t(row) * hidden_;
-    float* h = h_.data() + size_t(to) * hidden_;
+    const float* x = x_[row];
+    float* h = h_[to];
     Floats squares{};
     for (int k = 0; k < hidden; k += LANES) {
       const Floats values = load_some(x + k, hidden - k);
@@ -226,7 +233,8 @@ class Decoder final : public Engine {
   }
 
   // Rotate q in place and k on its way into the cache, in the halves-apart layout.
-  void cache(const Batch& batch, const Layer& layer, int row, float* qkv) const {
+  void cache(const Batch& batch, const Layer& layer, int row) {
+    float* qkv = qkv_[row];
     const int dim = int(model_.head_dim), half = dim / 2, position = batch.positions[row];
     const int size = int(model_.block_size), offset = position % size;
     const float* cosine = model_.cosines + size_t(position) * half;
@@ -292,7 +300,7 @@ class Decoder final : public Engine {
     return attention.tile_rows() * int(model_.heads / model_.kv_heads) * attention.state_size();
   }
 
-  void attend(const Batch& batch, const Layer& layer, Scratch& mine, const float* q, size_t q_stride) {
+  void attend(const Batch& batch, const Layer& layer, Scratch& mine) {
     const int kv_heads = int(model_.kv_heads), items = int(tiles_.size()) * kv_heads;
     const auto parts_of = [&](const RowTile& tile) {
       return Attention<T>::parts(batch.positions[tile.first + tile.rows - 1] + 1);
@@ -301,7 +309,7 @@ class Decoder final : public Engine {
       team_.each(items * parts_, 1, [&](int item) {
         const RowTile& tile = tiles_[item / parts_ / kv_heads];
         if (item % parts_ < parts_of(tile))
-          mine.attention.part(tile, item / parts_ % kv_heads, item % parts_, layer, batch, q, q_stride,
+          mine.attention.part(tile, item / parts_ % kv_heads, item % parts_, layer, batch, qkv_,
                               partial_.data() + size_t(item) * tile_state());
       });
     team_.each(items, 1, [&](int item) {
@@ -313,14 +321,14 @@ class Decoder final : public Engine {
       for (int part = 0; part < parts_of(tile); ++part) {
         const float* sums = computed;
         if (parts_ > 1) sums = partial_.data() + (size_t(item) * parts_ + part) * tile_state();
-        else mine.attention.part(tile, kv_head, part, layer, batch, q, q_stride, computed);
+        else mine.attention.part(tile, kv_head, part, layer, batch, qkv_, computed);
         if (part == 0) std::copy(sums, sums + queries * size, total);
         else
           for (int i = 0; i < queries; ++i) mine.attention.join(total + i * size, sums + i * size);
       }
       for (int i = 0; i < queries; ++i)
-        mine.attention.finish(total + i * size, attended_.data() + (tile.first + i / group) * size_t(q_width_) +
-                                                    (kv_head * group + i % group) * model_.head_dim);
+        mine.attention.finish(total + i * size,
+                              attended_[tile.first + i / group] + (kv_head * group + i % group) * model_.head_dim);
     });
   }
 
@@ -329,14 +337,16 @@ class Decoder final : public Engine {
   int rank_columns() const { return int(model_.max_pages) * PAGE_ROWS; }
 
   // Linears that share their input x, each with its adapters; their outputs lie side by side in y.
-  void linears(const Batch& batch, Scratch& mine, const Linear* linears, int count, int64_t depth, const float* x,
-               int x_stride, float* y, int y_stride) {
-    if (!segments_.empty()) shrink(linears, count, int(depth), x, x_stride, int(batch.rows));
-    project(mine, linears, count, int(batch.rows), depth, x, x_stride, y, y_stride, &segments_);
+  void linears(const Batch& batch, Scratch& mine, const Linear* linears, int count, int64_t depth, const Rows& x,
+               const Rows& y) {
+    const int rows = int(batch.rows);
+    if (!segments_.empty()) shrink(linears, count, int(depth), x, rows);
+    project(mine, linears, count, rows, int(depth), x, y[0], y.stride());
+    if (!segments_.empty()) expand(mine, linears, count, rows, y);
   }
 
   // s[slice, i, j] = scale * (x[i] . A[j]), for every row's own adapter and its ranks.
-  void shrink(const Linear* linears, int count, int depth, const float* x, int x_stride, int rows) {
+  void shrink(const Linear* linears, int count, int depth, const Rows& x, int rows) {
     const int columns = rank_columns(), groups = columns / SHRINK_RANKS;
     team_.each(int(segments_.size()) * count * groups, 1, [&](int item) {
       const int rank = item % groups * SHRINK_RANKS, index = item / groups % count;
@@ -347,19 +357,18 @@ class Decoder final : public Engine {
         const int page = linear.pages[int64_t(segment.slot) * model_.max_pages + j / PAGE_ROWS];
         const T* a = static_cast<const T*>(linear.a) + (size_t(page) * PAGE_ROWS + j % PAGE_ROWS) * depth;
         float* s = shrunk_.data() + (size_t(index) * rows + segment.first) * columns + j;
-        const float* from = x + size_t(segment.first) * x_stride;
         int row = 0;
         for (; row + DOT_ROWS <= segment.rows; row += DOT_ROWS)
-          dot<DOT_ROWS>(from + size_t(row) * x_stride, x_stride, a, depth, scale, s + size_t(row) * columns, columns);
+          dot<DOT_ROWS>(x[segment.first + row], x.stride(), a, depth, scale, s + size_t(row) * columns, columns);
         for (; row < segment.rows; ++row)
-          dot<1>(from + size_t(row) * x_stride, x_stride, a, depth, scale, s + size_t(row) * columns, columns);
+          dot<1>(x[segment.first + row], x.stride(), a, depth, scale, s + size_t(row) * columns, columns);
       }
     });
   }
 
-  // y = x W + s B, a panel of 32 columns an item.
-  void project(Scratch& mine, const Linear* linears, int count, int rows, int64_t depth, const float* x, int x_stride,
-               float* y, int y_stride, const std::vector<Segment>* segments) {
+  // y = x W, a panel of 32 columns an item.
+  void project(Scratch& mine, const Linear* linears, int count, int rows, int depth, const Rows& x, float* y,
+               int y_stride) {
     int starts[4] = {};
     for (int index = 0; index < count; ++index) starts[index + 1] = starts[index] + padded(linears[index].out) / COLUMNS;
     const int grain = std::max(1, starts[count] / (16 * team_.size()));
@@ -367,13 +376,11 @@ class Decoder final : public Engine {
       int index = 0;
       while (item >= starts[index + 1]) ++index;
       const Linear& linear = linears[index];
-      const int panel = item - starts[index], column = panel * COLUMNS;
+      const int panel = item - starts[index];
       const Weight* weight = static_cast<const Weight*>(linear.weight) + size_t(panel) * depth * COLUMNS;
       float* out = y + size_t(item) * COLUMNS;
-      if (rows <= ROWS) multiply<From::MEMORY>(rows, x, x_stride, weight, COLUMNS, int(depth), out, y_stride, false);
-      else multiply_widened(mine.widened, rows, x, x_stride, weight, int(depth), out, y_stride);
-      if (segments == nullptr) return;
-      for (const Segment& segment : *segments) expand(mine, linear, index, segment, rows, column, out, y_stride);
+      if (rows <= ROWS) multiply<WEIGHTS_AHEAD>(rows, x[0], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
+      else multiply_widened(mine.widened, rows, x[0], x.stride(), weight, depth, out, y_stride);
     });
   }
 
@@ -383,8 +390,7 @@ class Decoder final : public Engine {
     for (int start = 0; start < depth; start += WIDENED) {
       const int here = std::min(WIDENED, depth - start);
       for (int k = 0; k < here; ++k, weight += COLUMNS) {
-        for (size_t line = 0; line < COLUMNS * sizeof(Weight); line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(weight + WIDENED * COLUMNS) + line);
+        prefetch(weight, WIDENED * COLUMNS * sizeof(Weight));
         Floats columns[REGISTERS];
         load_columns(weight, columns);
         for (int i = 0; i < REGISTERS; ++i) store(widened + k * COLUMNS + i * LANES, columns[i]);
@@ -393,34 +399,46 @@ class Decoder final : public Engine {
     }
   }
 
-  // y += s B for 32 columns of one segment's rows, over its own ranks in ascending order.
-  void expand(Scratch& mine, const Linear& linear, int index, const Segment& segment, int rows, int column, float* y,
-              int y_stride) {
-    const int rank = linear.ranks[segment.slot], out = int(linear.out), columns = rank_columns();
-    for (int j = 0; j < rank; j += PAGE_ROWS) {
-      const int page = linear.pages[int64_t(segment.slot) * model_.max_pages + j / PAGE_ROWS];
-      const int here = std::min(PAGE_ROWS, rank - j);
-      const T* b = static_cast<const T*>(linear.b) + size_t(page) * PAGE_ROWS * out + column;
-      size_t stride = out;
-      if (column + COLUMNS > out) {  // the linear ends within this panel
-        std::memset(mine.tail, 0, sizeof mine.tail);
-        for (int r = 0; r < here; ++r)
-          std::memcpy(mine.tail + r * COLUMNS, b + size_t(r) * out, (out - column) * sizeof(T));
-        b = mine.tail;
-        stride = COLUMNS;
+  // y += s B for every row's own adapter, over its ranks in ascending order; EXPAND_COLUMNS of a segment an item.
+  void expand(Scratch& mine, const Linear* linears, int count, int rows, const Rows& y) {
+    int starts[4] = {};
+    for (int index = 0; index < count; ++index)
+      starts[index + 1] = starts[index] + (padded(linears[index].out) + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS;
+    team_.each(int(segments_.size()) * starts[count], 1, [&](int item) {
+      const Segment& segment = segments_[item / starts[count]];
+      int index = 0, offset = 0;
+      for (item %= starts[count]; item >= starts[index + 1]; ++index) offset += padded(linears[index].out);
+      const Linear& linear = linears[index];
+      const int first = (item - starts[index]) * EXPAND_COLUMNS, end = std::min(first + EXPAND_COLUMNS, int(linear.out));
+      const int rank = linear.ranks[segment.slot], columns = rank_columns();
+      for (int j = 0; j < rank; j += PAGE_ROWS) {
+        const int page = linear.pages[int64_t(segment.slot) * model_.max_pages + j / PAGE_ROWS];
+        const int here = std::min(PAGE_ROWS, rank - j);
+        const float* s = shrunk_.data() + (size_t(index) * rows + segment.first) * columns + j;
+        const T* b = static_cast<const T*>(linear.b) + size_t(page) * PAGE_ROWS * linear.out;
+        for (int column = first; column < end; column += COLUMNS) {
+          float* out = y[segment.first] + offset + column;
+          if (column + COLUMNS <= linear.out) {
+            multiply<B_AHEAD>(segment.rows, s, columns, b + column, linear.out, here, out, y.stride(), true);
+          } else {  // the linear ends within this panel
+            std::memset(mine.tail, 0, sizeof mine.tail);
+            for (int r = 0; r < here; ++r)
+              std::memcpy(mine.tail + r * COLUMNS, b + r * linear.out + column, (end - column) * sizeof(T));
+            multiply(segment.rows, s, columns, mine.tail, COLUMNS, here, out, y.stride(), true);
+          }
+        }
       }
-      const float* s = shrunk_.data() + (size_t(index) * rows + segment.first) * columns + j;
-      multiply(segment.rows, s, columns, b, stride, here, y + size_t(segment.first) * y_stride, y_stride, true);
-    }
+    });
   }
 
   const Model model_;
   const std::vector<Layer> layers_;
-  const int q_width_, kv_width_, hidden_, inner_;
+  const int q_width_, kv_width_, inner_;
+  Rows x_, h_, y_, qkv_, attended_, gate_up_;
   int parts_ = 1;
   std::vector<Segment> segments_;
   std::vector<RowTile> tiles_;
-  Buffer x_, h_, y_, qkv_, attended_, gate_up_, shrunk_, partial_;
+  Buffer shrunk_, partial_;
   std::vector<std::unique_ptr<Scratch>> scratch_;
   Team team_;  // last, so that its threads end before what they use
 };
