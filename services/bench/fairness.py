@@ -136,7 +136,7 @@ def run(steps: int, seed: int, plot_path: Path | None) -> Result:
     total = simulation.tokens.total()
     bound = wait_bound()
     if plot_path is not None:
-        panels = {
+        panels: dict[str, dict[str, list[tuple[float, float]]]] = {
             "share of tokens": shares,
             "longest wait for a turn (steps)": {"seen": waits, "bound": [(number, bound) for number, _ in waits]},
         }
