@@ -37,15 +37,37 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", defaults["port"], "gRPC port; 0 takes a free one")
     add("--http-port", defaults["http_port"], "HTTP port; 0 takes a free one, -1 serves no HTTP", int)
     add("--adapter-store", "", "host:port of the adapter store; empty: the base model alone")
+    add("--adapter-root", None, "directory beneath which adapters may be loaded by path; none: refused", Path)
     add("--data-dir", defaults["data_dir"], "where pulled adapters are cached", Path)
     add("--max-loras", room.max_loras, "most adapters resident at once")
+    add("--max-resident-loras", room.max_resident_loras, "the same, as far as the pages go; 0: --max-loras")
     add("--max-lora-rank", room.max_lora_rank, "highest rank a module may have, 1 to 512")
     add("--max-cpu-loras", room.max_cpu_loras, "most adapters in host memory")
+    add("--max-cpu-bytes", room.max_cpu_bytes, "bytes of adapters in host memory; 0: their number alone counts")
+    add("--adapter-idle-ttl", room.adapter_idle_ttl, "seconds an unused adapter stays resident; 0: until evicted")
     add("--max-disk-bytes", room.max_disk_bytes, "bytes of packed adapters kept on disk")
     add("--max-model-len", defaults["max_model_len"], "most tokens of prompt and answer; 0: the model's own")
     add("--max-num-seqs", defaults["max_num_seqs"], "most requests running at once")
     add("--max-num-batched-tokens", defaults["max_num_batched_tokens"], "most tokens in one step")
     add("--block-size", defaults["block_size"], "tokens a KV block holds")
+    add("--max-waiting-requests", defaults["max_waiting_requests"], "most requests that wait; more are refused")
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=defaults["enable_prefix_caching"],
+        help="share what is computed of a common beginning",
+    )
+    add("--turn-tokens", defaults["turn_tokens"], "tokens before an adapter's slot may pass to one that waits")
+    add("--step-seconds", defaults["step_seconds"], "seconds a step with prompts in it should take at most")
+    parser.add_argument(
+        "--share-weight",
+        dest="weights",
+        action="append",
+        type=_weight,
+        default=[],
+        metavar="NAME=W",
+        help="fair share of a tenant, or of an adapter (tenant/name) within it, where it is not 1; may be repeated",
+    )
     add("--kv-cache-memory-bytes", defaults["kv_cache_memory_bytes"], "bytes of the KV cache")
     add("--threads", defaults["threads"], "threads of the forward pass; 0: the cores this process may use")
     add("--shutdown-grace", defaults["shutdown_grace"], "seconds running requests have to finish at shutdown")
@@ -53,11 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _weight(text: str) -> tuple[str, float]:
+    name, _, weight = text.rpartition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=W")
+    return name, float(weight)
+
+
 def _config(arguments: argparse.Namespace) -> ServerConfig:
     values = vars(arguments)
     values.pop("log_level")
     adapters = {field.name: values.pop(field.name) for field in dataclasses.fields(AdapterConfig)}
     values["http_port"] = None if values["http_port"] < 0 else values["http_port"]
+    values["weights"] = dict(values["weights"])
     values["adapter_store"] = values["adapter_store"] or None
     return ServerConfig(**values, adapters=AdapterConfig(**adapters))
 

@@ -36,6 +36,7 @@ from services.inference.model.config import ModelConfig, load_config
 from services.inference.model.lora import group_shapes
 from services.inference.model.sampler import Sampler
 from services.inference.name_watch import NameWatch
+from services.inference.replica_control import ReplicaControl
 from services.inference.resolver import Resolver
 from services.inference.servicer import InferenceServicer
 from services.inference.serving import Serving
@@ -62,9 +63,16 @@ def build_engine(config: ServerConfig, model: ModelConfig, *, sampler: Sampler, 
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
+        max_waiting_requests=config.max_waiting_requests,
+        enable_prefix_caching=config.enable_prefix_caching,
+        turn_tokens=config.turn_tokens,
+        step_seconds=config.step_seconds,
+        weights=config.weights,
     )
     room = config.adapters
-    pool = SlotPool(group_shapes(model), model.num_layers, room.max_loras, room.max_lora_rank, model.dtype)
+    pool = SlotPool(
+        group_shapes(model), model.num_layers, room.max_loras, room.max_lora_rank, model.dtype, room.num_slots
+    )
     inbox: queue.SimpleQueue[EngineInput] = queue.SimpleQueue()
     adapters = AdapterManager(
         PullClient(config.adapter_store) if config.adapter_store else None,
@@ -73,6 +81,8 @@ def build_engine(config: ServerConfig, model: ModelConfig, *, sampler: Sampler, 
         BaseModelShapes(linear_shapes(model.hf_config), room.max_lora_rank, model.dtype),
         room.max_cpu_loras,
         notify=lambda: inbox.put(AdaptersChanged()),
+        max_cpu_bytes=room.max_cpu_bytes,
+        idle_ttl=room.adapter_idle_ttl,
     )
     runner = build_runner(config, model, num_blocks, pool, sampler)
     return EngineLoop(Engine(Scheduler(limits, adapters), runner, adapters, time.monotonic, step_log), inbox)
@@ -108,12 +118,13 @@ async def serve(
     if names is not None:
         await _compare_with_profile(names, model, config.adapters.max_lora_rank)
     serving = Serving(config, model, tokenizer, resolver, engine)
+    control = ReplicaControl(config.adapter_root, resolver, engine, names)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(serving), grpc_server.server)
     control_pb2_grpc.add_AdapterControlServiceServicer_to_server(
-        AdapterControlServicer(serving, started), grpc_server.server
+        AdapterControlServicer(serving, control, started), grpc_server.server
     )
     await grpc_server.start()
-    async with _http(http_socket, serving):
+    async with _http(http_socket, serving, control):
         await grpc_server.set_serving(True)
         tasks = [asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))]
         if names is not None:
@@ -195,13 +206,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _http(listening: socket.socket | None, serving: Serving) -> AsyncIterator[None]:
+async def _http(listening: socket.socket | None, serving: Serving, control: ReplicaControl) -> AsyncIterator[None]:
     if listening is None:
         yield
         return
     server = _Uvicorn(
         uvicorn.Config(
-            create_app(serving),
+            create_app(serving, control),
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -29,7 +29,7 @@ from services.inference.adapters.slot_pool import SlotPool
 from services.inference.engine.interfaces import SampledToken
 from services.inference.engine.request import AdapterVersion, Request, SamplingParams, StoppingParams
 from services.inference.model.attention import KVCache
-from services.inference.model.sampler import Sampler
+from services.inference.model.sampler import GreedyRows, Sampler
 from tests.assets.random_adapter import make_random_adapter
 from tests.clients import failure, generate, generate_all, request
 from tests.conftest import TINY_BASE, InferenceServer, StoreProcess, inference_config, run_inference, run_store
@@ -162,10 +162,13 @@ class Undaunted(Sampler):
     """Goes on with any token where logits are not finite, so that a row of NaN decodes beside the others."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.non_finite = 0
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-        sampled = super().sample(logits, requests)
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], greedy: GreedyRows | None = None
+    ) -> list[SampledToken]:
+        sampled = super().sample(logits, requests, greedy)
         self.non_finite += sum(token.error is not None for token in sampled)
         return [SampledToken(7) if token.error is not None else token for token in sampled]
 

@@ -68,18 +68,39 @@ class Adapters(Protocol):
         """Whether a claimed adapter is in host memory."""
 
     def failure(self, adapter: AdapterVersion) -> Exception | None:
-        """Why a claimed adapter could not be fetched."""
+        """Why the adapter cannot be had, for as long as it is left alone; None when it may be tried."""
 
     def acquire(self, adapter: AdapterVersion) -> int | None:
-        """The slot of a ready adapter, loaded and held; None when every slot is held for others."""
+        """The slot of a ready adapter, loaded and held; None when every slot is held for others, or the copy failed."""
 
     def release(self, adapter: AdapterVersion) -> None: ...
 
+    def warm(self, adapter: AdapterVersion) -> None:
+        """Load a ready adapter, if a slot and its pages are free."""
+
+    def pin(self, adapter: AdapterVersion) -> None:
+        """Keep it resident as far as possible. Raises ResourceExhausted when every slot is pinned."""
+
+    def unpin(self, adapter: AdapterVersion) -> None: ...
+
+    def drain(self, name: str, version: int | None) -> None:
+        """A version, or with None every one, is used by those who have it and then given up."""
+
+    def end_drain(self, name: str, version: int | None, *, evict: bool) -> None:
+        """With `evict` give it up, wherever no request of another name holds it; else keep it after all."""
+
     def poll(self) -> None:
-        """Take in what fetches have ended."""
+        """Take in what fetches have ended, and do what is due."""
+
+    def next_deadline(self) -> float | None:
+        """Seconds until `poll` has something to do; None when only a fetch's end can bring that."""
 
     def list(self, waiting: Mapping[str, int]) -> list[ResidentAdapter]:
         """Every adapter asked for, the last one first; `waiting` counts waiting requests by digest."""
+
+    @property
+    def transitions(self) -> Mapping[tuple[str, str], int]:
+        """How often each arrow of an adapter's states was taken."""
 
     @property
     def evictions(self) -> int: ...
