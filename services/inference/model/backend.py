@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels.cpu import UnavailableError, load_library
+from lora_kernels.cpu.build import level_of_this_machine
 from lora_kernels.cpu.decoder import LANES
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.config import ConfigError, ServerConfig
@@ -32,12 +33,11 @@ def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool
     """
     threads = config.threads or available_cores()
     torch.set_num_threads(threads)
-    missing = _why_not_compiled(config)
+    compiled = _compiled_can_be_had(config)
     weights = load_weights(config.model, model)
-    if missing is None:
+    if compiled:
         cache = compiled_cache(model, num_blocks, config.block_size)
         return CompiledRunner(compiled_decoder(model, weights, cache, pool, threads), cache, pool, sampler)
-    log.warning("the model runs in torch: %s", missing)
     paged = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
     return ModelRunner(Decoder(model, weights), paged, pool, sampler)
 
@@ -52,10 +52,11 @@ def available_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, math.floor(int(quota) / int(period))))
 
 
-def _why_not_compiled(config: ServerConfig) -> str | None:
-    """None where the compiled path serves. Raises ConfigError where it must and cannot."""
+def _compiled_can_be_had(config: ServerConfig) -> bool:
+    """Says in the log which path serves. Raises ConfigError where the compiled one must and cannot."""
     if config.cpu_backend == "torch":
-        return "--cpu-backend says so"
+        log.info("the model runs in torch, as --cpu-backend says")
+        return False
     try:
         if config.block_size % LANES:
             raise UnavailableError(f"--block-size is {config.block_size}, and it takes multiples of {LANES}")
@@ -63,5 +64,7 @@ def _why_not_compiled(config: ServerConfig) -> str | None:
     except UnavailableError as error:
         if config.cpu_backend == "compiled":
             raise ConfigError(f"--cpu-backend is compiled, which cannot be had: {error}") from error
-        return f"the compiled path, several times faster, cannot be had: {error}"
-    return None
+        log.warning("the model runs in torch; the compiled path, several times faster, cannot be had: %s", error)
+        return False
+    log.info("the model runs compiled, for %s", level_of_this_machine())
+    return True

@@ -16,7 +16,7 @@ from services.inference.model.config import ModelConfig
 from services.inference.model.layers import inverse_frequencies
 from services.inference.model.lora import LINEAR_GROUPS
 from services.inference.model.memory import reserve
-from services.inference.model.sampler import Sampler
+from services.inference.model.sampler import GreedyRows, Sampler
 
 
 class CompiledRunner:
@@ -35,7 +35,8 @@ class CompiledRunner:
         ordered = [step[index] for index in by_slot]
         computed = self._decoder.step(self._batch(ordered))
         requests = [scheduled.request for scheduled in ordered if scheduled.samples]
-        sampled = iter(self._sampler.sample(computed.logits, requests) if requests else [])
+        greedy = GreedyRows(computed.best.tolist(), computed.finite.tolist())
+        sampled = iter(self._sampler.sample(computed.logits, requests, greedy) if requests else [])
         tokens: list[SampledToken | None] = [None] * len(step)
         for index in by_slot:
             if step[index].samples:

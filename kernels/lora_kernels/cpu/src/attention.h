@@ -68,7 +68,7 @@ class Attention {
     const int context = batch.positions[tile.first + tile.rows - 1] + 1;
     const int end = std::min(context, (part + 1) * PART);
     for (int start = part * PART; start < end; start += KEYS)
-      keys(tile, kv_head, start, std::min(KEYS, end - start), layer, batch, gathered, state);
+      keys(tile, kv_head, start, end, layer, batch, gathered, state);
   }
 
   // Join a later part's sums to those of the parts before it.
@@ -89,13 +89,18 @@ class Attention {
   static int parts(int context) { return (context + PART - 1) / PART; }
 
  private:
-  // `count` positions from `start` on, which are the sequence's own: nothing past them is read, whatever lies there.
-  void keys(const RowTile& tile, int kv_head, int start, int count, const Layer& layer, const Batch& batch,
+  // The next tile of positions from `start` on. They are the sequence's own: nothing past `end` is read, whatever lies
+  // there.
+  void keys(const RowTile& tile, int kv_head, int start, int end, const Layer& layer, const Batch& batch,
             const float* q, float* state) {
+    const int count = std::min(KEYS, end - start);
     float* k = keys_.at_least(size_t(dim_) * KEYS);
     float* v = values_.at_least(size_t(KEYS) * width_);
     const int columns = (count + COLUMNS - 1) / COLUMNS * COLUMNS;
-    const int32_t* blocks = batch.block_tables + int64_t(tile.sequence) * batch.max_blocks;
+    const auto at = [&](int position) {
+      const int32_t block = batch.block_tables[tile.sequence * batch.max_blocks + position / block_size_];
+      return (int64_t(block) * kv_heads_ + kv_head) * dim_ * block_size_;
+    };
     for (int lane = 0; lane < columns; lane += LANES) {
       const int here = std::clamp(count - lane, 0, LANES);
       if (here == 0) {
@@ -103,12 +108,12 @@ class Attention {
         continue;
       }
       const int position = start + lane, offset = position % block_size_;
-      const int64_t head = int64_t(blocks[position / block_size_]) * kv_heads_ + kv_head;
-      const T* from = static_cast<const T*>(layer.keys) + head * dim_ * block_size_ + offset;
+      const T* from = static_cast<const T*>(layer.keys) + at(position) + offset;
       for (int d = 0; d < dim_; ++d, from += block_size_) store(k + d * KEYS + lane, load_some(from, here));
-      from = static_cast<const T*>(layer.values) + (head * block_size_ + offset) * dim_;
+      from = static_cast<const T*>(layer.values) + at(position) + offset * dim_;
       for (int i = 0; i < here; ++i, from += dim_)
         for (int d = 0; d < width_; d += LANES) store(v + (lane + i) * width_ + d, load_some(from + d, dim_ - d));
+      if (position + KEYS < end) ask_for(layer, at(position + KEYS), offset);
     }
 
     const int queries = tile.rows * group_;
@@ -121,6 +126,15 @@ class Attention {
     }
     for (int c = 0; c < width_; c += COLUMNS)
       multiply(queries, scores, KEYS, v + c, width_, count, state + 2 + c, state_size(), true);
+  }
+
+  // Ask memory for LANES positions of the tile after this one: blocks lie anywhere, and no hardware guesses where.
+  void ask_for(const Layer& layer, int64_t head, int offset) const {
+    constexpr int LINE = 64 / sizeof(T);
+    const T* keys = static_cast<const T*>(layer.keys) + head + offset;
+    const T* values = static_cast<const T*>(layer.values) + head + offset * dim_;
+    for (int d = 0; d < dim_; d += std::max(1, LINE / block_size_)) __builtin_prefetch(keys + d * block_size_);
+    for (int i = 0; i < LANES * dim_; i += LINE) __builtin_prefetch(values + i);
   }
 
   // Scores of one query to weights, 0 from `visible` on; its sums so far are brought to the new largest score.

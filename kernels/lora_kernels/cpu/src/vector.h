@@ -10,6 +10,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace multilora {
 
 #if defined(__AVX512F__)
@@ -47,6 +51,10 @@ inline Floats load(const float* from) {
 }
 
 inline Floats load(const BFloat16* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // one instruction, where GCC 12 makes five of what stands below
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return bits_of<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+#endif
   HalfWords halves;
   std::memcpy(&halves, from, sizeof halves);
   return bits_of<Floats>(__builtin_convertvector(halves, Words) << 16);
