@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-peers bench-engine soak test test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-peers bench-engine soak test test-asan test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -62,6 +62,9 @@ test: lint ## everything CI runs
 	timeout 3m $(RUN_TESTS) -q tests/kernels
 	timeout 6m $(RUN_TESTS) -q tests/inference tests/cli tests/bench tests/integration
 	timeout 8m $(RUN_TESTS) -q tests/parity
+
+test-asan: $(VENV)/.dev ## the compiled CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m tests.kernels.sanitize
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
 	$(RUN_TESTS) -q -m "not slow and not cuda"

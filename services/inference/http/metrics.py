@@ -43,9 +43,7 @@ class StatsCollector(Collector):
         yield _gauge("vllm:lora_adapters_active", "Adapters resident in the slot pool", resident)
         yield _counter("vllm:prompt_tokens", "Prompt tokens taken in", stats.prompt_tokens)
         yield _counter("vllm:generation_tokens", "Tokens generated", stats.generation_tokens)
-        yield _counter(
-            "vllm:prefix_cache_queries", "Prompt tokens looked up", stats.prefix_queried_tokens
-        )
+        yield _counter("vllm:prefix_cache_queries", "Prompt tokens looked up", stats.prefix_queried_tokens)
         yield _counter("vllm:prefix_cache_hits", "Prompt tokens found", stats.prefix_hit_tokens)
         yield _gauge("multilora:num_requests_parked", "Requests whose adapter waits for its turn", stats.parked)
         yield _counter("multilora:parkings", "Running requests parked for another's turn or seat", stats.parkings)
