@@ -217,16 +217,14 @@ class BlobReader:
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._fd, length, offset)
 
-    def read_now(self, offset: int, length: int) -> bytes | None:
+    def read_now(self, buffer: memoryview, offset: int) -> int | None:
         """What the page cache holds: a thread to wait in costs more than the bytes do."""
         if not hasattr(os, "RWF_NOWAIT"):  # Linux only
             return None
-        buffer = bytearray(min(length, max(self.size - offset, 0)))
         try:
-            count = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+            return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
         except OSError:  # not there yet, or a file system that cannot tell
             return None
-        return bytes(memoryview(buffer)[:count])
 
     def close(self) -> None:
         os.close(self._fd)
