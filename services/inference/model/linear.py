@@ -26,7 +26,7 @@ class Widener:
         """x @ weight.T in bfloat16, a chunk of the weight at a time. Shape: x [rows, in], weight [out, in]."""
         wide, y = x.float(), x.new_empty(len(x), len(weight))
         chunk = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-        for part, out in zip(weight.split(chunk), y.split(chunk, dim=1), strict=True):
+        for part, out in zip(torch.split(weight, chunk), torch.split(y, chunk, dim=1), strict=True):
             out.copy_(wide @ self._scratch[: part.numel()].view(part.shape).copy_(part).T)
         return y
 
