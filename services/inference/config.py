@@ -18,15 +18,21 @@ class ConfigError(ValueError):
 class AdapterConfig:
     """Room for adapters.
 
-    max_loras: most adapters resident in the slot pool
+    max_loras: adapters of the highest rank for which the slot pool has pages; most adapters resident in it
     max_lora_rank: highest rank a module may have; with max_loras it sizes the pool
+    max_resident_loras: most adapters resident, as far as the pages go; 0 is max_loras
     max_cpu_loras: most adapters in host memory
+    max_cpu_bytes: most bytes of adapters in host memory; 0 bounds their number alone
+    adapter_idle_ttl: seconds after which an adapter that nobody asks for leaves the slot pool; 0 keeps it
     max_disk_bytes: bytes of packed adapters kept on this node's disk
     """
 
     max_loras: int = 8
     max_lora_rank: int = 64
+    max_resident_loras: int = 0
     max_cpu_loras: int = 32
+    max_cpu_bytes: int = 0
+    adapter_idle_ttl: float = 0.0
     max_disk_bytes: int = 8 << 30
 
     def __post_init__(self) -> None:
@@ -35,11 +41,25 @@ class AdapterConfig:
         _at_least("--max-disk-bytes", self.max_disk_bytes, 1)
         if self.max_lora_rank > MAX_LORA_RANK:
             raise ConfigError(f"--max-lora-rank is {self.max_lora_rank}; at most {MAX_LORA_RANK} is served")
-        if self.max_cpu_loras < self.max_loras:
+        _at_least("--max-cpu-bytes", self.max_cpu_bytes, 0)
+        if not 0 <= self.adapter_idle_ttl < float("inf"):
+            raise ConfigError(f"--adapter-idle-ttl is {self.adapter_idle_ttl}; give seconds, or 0 for no limit")
+        if self.max_resident_loras and self.max_resident_loras < self.max_loras:
             raise ConfigError(
-                f"--max-cpu-loras ({self.max_cpu_loras}) is below --max-loras ({self.max_loras}): "
+                f"--max-resident-loras ({self.max_resident_loras}) is below --max-loras ({self.max_loras}), which it "
+                "raises; leave it out or raise it"
+            )
+        if self.max_cpu_loras < self.num_slots:
+            flag = "--max-resident-loras" if self.max_resident_loras else "--max-loras"
+            raise ConfigError(
+                f"--max-cpu-loras ({self.max_cpu_loras}) is below {flag} ({self.num_slots}): "
                 "every resident adapter also has its copy in host memory; raise the first or lower the second"
             )
+
+    @property
+    def num_slots(self) -> int:
+        """Most adapters resident in the slot pool."""
+        return self.max_resident_loras or self.max_loras
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,19 +120,23 @@ class ServerConfig:
     max_model_len: 0 takes the model's own length
     http_port: None serves no HTTP
     adapter_store: host:port of the store; None serves the base model alone
+    adapter_root: directory beneath which adapters may be loaded by path; None refuses paths
     threads: 0 takes the cores this process may use
     engine_process: whether the engine runs in a process of its own
     max_unread_tokens: tokens that may wait for a client that does not read them, before its request is cancelled
+    cpu_backend: compiled, torch, or auto, which is compiled where it can be had
     """
 
     model: Path
     served_model_name: str = ""
     dtype: str = "auto"
     device: str = "cpu"
+    cpu_backend: str = "auto"
     host: str = "127.0.0.1"
     port: int = 50051
     http_port: int | None = 8000
     adapter_store: str | None = None
+    adapter_root: Path | None = None
     data_dir: Path = Path(".data/inference")
     max_model_len: int = 0
     max_num_seqs: int = 64
@@ -136,8 +160,12 @@ class ServerConfig:
             raise ConfigError(f"--dtype is {self.dtype!r}; served are auto, float32 and bfloat16")
         if self.device != "cpu":
             raise ConfigError(f"--device is {self.device!r}; only cpu is served yet")
+        if self.cpu_backend not in ("auto", "compiled", "torch"):
+            raise ConfigError(f"--cpu-backend is {self.cpu_backend!r}; there are auto, compiled and torch")
         if not self.model.exists():
             raise ConfigError(f"--model: nothing is at {self.model}; give a Hugging Face directory or a .gguf file")
+        if self.adapter_root is not None and not self.adapter_root.is_dir():
+            raise ConfigError(f"--adapter-root: {self.adapter_root} is no directory")
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import time
-
-import torch
 
 from services.common.gguf_config import open_gguf
 from services.common.profile import linear_shapes
@@ -20,13 +17,10 @@ from services.inference.engine.engine import Engine, StepLog
 from services.inference.engine.loop import EngineLoop
 from services.inference.engine.messages import AdaptersChanged, EngineInput
 from services.inference.engine.scheduler import Scheduler
-from services.inference.model.attention import KVCache
+from services.inference.model.backend import build_runner
 from services.inference.model.config import ModelConfig
-from services.inference.model.decoder import Decoder
 from services.inference.model.lora import group_shapes
-from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
-from services.inference.model.weights import load_weights
 
 
 def build_engine(
@@ -38,9 +32,6 @@ def build_engine(
     step_log: StepLog | None = None,
 ) -> EngineLoop:
     """Load the weights, set the KV cache and the slot pool aside, and wire the engine; nothing runs yet."""
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    decoder = Decoder(model, load_weights(config.model, model))
-    open_gguf.cache_clear()
     num_blocks = config.kv_cache_memory_bytes // (model.kv_bytes_per_token * config.block_size)
     limits = SchedulerConfig(
         max_model_len=model.max_model_len,
@@ -54,9 +45,10 @@ def build_engine(
         step_seconds=config.step_seconds,
         weights=config.weights,
     )
-    cache = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
     room = config.adapters
-    pool = SlotPool(group_shapes(model), model.num_layers, room.max_loras, room.max_lora_rank, model.dtype)
+    pool = SlotPool(
+        group_shapes(model), model.num_layers, room.max_loras, room.max_lora_rank, model.dtype, room.num_slots
+    )
     adapters = AdapterManager(
         PullClient(config.adapter_store) if config.adapter_store else None,
         DiskCache(config.data_dir / "adapters", room.max_disk_bytes),
@@ -64,6 +56,9 @@ def build_engine(
         BaseModelShapes(linear_shapes(model.hf_config), room.max_lora_rank, model.dtype),
         room.max_cpu_loras,
         notify=lambda: inbox.put(AdaptersChanged()),
+        max_cpu_bytes=room.max_cpu_bytes,
+        idle_ttl=room.adapter_idle_ttl,
     )
-    runner = ModelRunner(decoder, cache, pool, sampler or Sampler())
+    runner = build_runner(config, model, num_blocks, pool, sampler or Sampler())
+    open_gguf.cache_clear()
     return EngineLoop(Engine(Scheduler(limits, adapters), runner, adapters, time.monotonic, step_log), inbox)

@@ -11,7 +11,6 @@ from services.inference.engine.request import SamplingParams, StoppingParams
 MAX_LOGPROBS = 20
 MAX_STOP_TEXTS = 16
 MAX_PRIORITY = 100
-MAX_CACHE_SALT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +62,6 @@ def check_priority(priority: int) -> int:
     """Return `priority` when it is in range; else raise InvalidArgument."""
     _within("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
     return priority
-
-
-def check_cache_salt(salt: str) -> str:
-    """Return `salt` when it is short enough; else raise InvalidArgument."""
-    if len(salt) > MAX_CACHE_SALT:
-        raise InvalidArgument(
-            "INVALID_PARAMETER", f"cache_salt is longer than {MAX_CACHE_SALT} characters", field="cache_salt"
-        )
-    return salt
 
 
 def _within(field: str, value: float, low: float, high: float, *, open_below: bool = False) -> None:

@@ -30,6 +30,7 @@ from services.inference.hosting.thread import ThreadHost
 from services.inference.http.app import create_app
 from services.inference.model.config import ModelConfig, load_config
 from services.inference.name_watch import NameWatch
+from services.inference.replica_control import ReplicaControl
 from services.inference.resolver import Resolver
 from services.inference.servicer import InferenceServicer
 from services.inference.serving import Serving
@@ -75,12 +76,13 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
         if names is not None:
             await _compare_with_profile(names, model, config.adapters.max_lora_rank)
         serving = Serving(config, model, tokenizer, resolver, engine)
+        control = ReplicaControl(config.adapter_root, resolver, engine, names)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(serving), grpc_server.server)
         control_pb2_grpc.add_AdapterControlServiceServicer_to_server(
-            AdapterControlServicer(serving, started), grpc_server.server
+            AdapterControlServicer(serving, control, started), grpc_server.server
         )
         await grpc_server.start()
-        async with _http(http_socket, serving):
+        async with _http(http_socket, serving, control):
             await grpc_server.set_serving(True)
             tasks = [asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))]
             if names is not None:
@@ -172,13 +174,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _http(listening: socket.socket | None, serving: Serving) -> AsyncIterator[None]:
+async def _http(listening: socket.socket | None, serving: Serving, control: ReplicaControl) -> AsyncIterator[None]:
     if listening is None:
         yield
         return
     server = _Uvicorn(
         uvicorn.Config(
-            create_app(serving),
+            create_app(serving, control),
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -35,7 +35,7 @@ from services.inference.engine.messages import (
 )
 from services.inference.engine.request import AdapterVersion, SamplingParams
 from services.inference.model.config import ModelConfig
-from services.inference.params import Stopping, check_cache_salt, check_priority, check_sampling, check_stopping
+from services.inference.params import Stopping, check_priority, check_sampling, check_stopping
 from services.inference.resolver import Resolver
 from services.inference.tokenizer import ChatTurn, Tokenizer
 
@@ -224,7 +224,7 @@ class Serving:
             adapter,
             request.timeout,
             check_priority(request.priority),
-            check_cache_salt(request.cache_salt),
+            request.cache_salt,
         )
 
     def _finished(

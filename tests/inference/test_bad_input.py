@@ -24,7 +24,7 @@ from services.common.errors import (
 )
 from services.inference.engine.interfaces import SampledToken
 from services.inference.engine.request import Request
-from services.inference.model.sampler import Sampler
+from services.inference.model.sampler import GreedyRows, Sampler
 from tests.assets.random_adapter import make_random_adapter
 from tests.assets.tiny_model import make_tiny_llama
 from tests.clients import collect, failure, generate, request
@@ -149,7 +149,7 @@ CASES: dict[str, Case] = {
     ),
     "two answers": not_yet("sampling.n above 1", sampling={"n": 2}),
     "prompt_logprobs": not_yet("output.prompt_logprobs", **output(prompt_logprobs=1)),
-    "priority": not_yet("priority", priority=3),
+    "a priority out of range": Case(InvalidArgument, "INVALID_PARAMETER", "priority", {"priority": 101}, says=("100",)),
 }
 
 
@@ -157,12 +157,15 @@ class PausingSampler(Sampler):
     """Stops the engine at its next token while it is told not to go on."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.goes_on = threading.Event()
         self.goes_on.set()
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], greedy: GreedyRows | None = None
+    ) -> list[SampledToken]:
         assert self.goes_on.wait(timeout=60)
-        return super().sample(logits, requests)
+        return super().sample(logits, requests, greedy)
 
 
 @dataclass

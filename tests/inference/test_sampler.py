@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,8 @@ from transformers.generation.logits_process import (
 )
 
 from services.inference.engine.request import Request, SamplingParams, StoppingParams
-from services.inference.model.sampler import Sampler, uniform
+from services.inference.model.candidates import WINDOW, largest
+from services.inference.model.sampler import GreedyRows, Sampler, uniform
 
 DRAWS = 3000
 SEEN = [1, 2, 2, 7]
@@ -143,6 +145,13 @@ def test_stop_ids_are_impossible_before_min_tokens() -> None:
     assert tokens == [1, 1, 6]
 
 
+def test_when_every_token_would_end_too_soon_any_is_drawn() -> None:
+    stopping = StoppingParams(10, min_tokens=2, stop_token_ids=frozenset(range(len(LOGITS))))
+    requests = [make_request((), stopping, temperature=1.0, seed=seed) for seed in range(100)]
+    drawn = Sampler().sample(LOGITS.expand(100, -1), requests)
+    assert {each.token_id for each in drawn} == set(range(len(LOGITS)))
+
+
 def test_log_probabilities_are_the_models_own() -> None:
     """Before temperature, filters and penalties."""
     asked = make_request(temperature=2.0, top_k=1, repetition_penalty=2.0, logit_bias={5: 100.0}, logprobs=3)
@@ -171,3 +180,75 @@ def test_a_row_does_not_depend_on_who_is_beside_it() -> None:
         assert Sampler().sample(logits[order].clone(), [requests[row] for row in order]) == [
             together[row] for row in order
         ]
+
+
+def by_full_sort(logits: Tensor, number: float, sampling: SamplingParams) -> tuple[int, float]:
+    """The token that the same number falls on, everything sorted; and how near the number is to another token."""
+    order = torch.sort(logits, descending=True, stable=True).indices
+    order = order[: sampling.top_k or len(order)]
+    weights = torch.softmax((logits[order].double() - logits[order[0]].double()) / sampling.temperature, dim=-1).numpy()
+    before = weights.cumsum() - weights
+    kept = before < sampling.top_p
+    near = float(np.abs(before - sampling.top_p).min()) if sampling.top_p < 1 else 1.0
+    floor = sampling.min_p * weights[0]
+    near = min(near, float(np.abs(weights / floor - 1).min())) if floor else near
+    reached = (weights * (kept & (weights >= floor))).cumsum()
+    token = min(int((reached <= number * reached[-1]).sum()), len(order) - 1)
+    return int(order[token]), min(near, float(np.abs(reached / reached[-1] - number).min()))
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=st.sampled_from([3, WINDOW, WINDOW + 1, 3000, 9000]),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 5.0]),
+    temperature=st.sampled_from([1e-45, 0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 7, 400]),
+    top_p=st.sampled_from([1e-9, 0.3, 0.95, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_few_candidates_give_what_a_full_sort_gives(seed: int, vocab: int, spread: float, **sampling: Any) -> None:
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * spread
+    if spread and len(set(logits.tolist())) < vocab:
+        logits = torch.sort(logits).values + torch.arange(vocab) * 1e-5  # equal values have no order to agree on
+    asked = SamplingParams(seed=seed, **sampling)
+    expected, near = by_full_sort(logits, uniform(seed, 0), asked)
+    if spread and near > 1e-6:  # else the last bits of a sum decide
+        assert draw(logits, seed=seed, **sampling) == expected
+    else:
+        assert 0 <= draw(logits, seed=seed, **sampling) < vocab
+
+
+@given(
+    values=st.lists(st.integers(-3, 40), min_size=1, max_size=400), pick=st.integers(0, 400), repeats=st.integers(1, 9)
+)
+@settings(max_examples=100, deadline=None)
+def test_the_largest_are_the_first_of_a_full_sort(values: list[int], pick: int, repeats: int) -> None:
+    row = np.array(values * repeats, dtype=np.float32)
+    assert largest(row, pick).tolist() == np.argsort(-row, kind="stable")[:pick].tolist()
+
+
+def test_greedy_rows_need_no_logits() -> None:
+    """Rows that need none hold NaN here; their token and what is wrong with them is the step's to say."""
+    logits = torch.stack([torch.full_like(LOGITS, torch.nan), LOGITS, torch.full_like(LOGITS, torch.nan), LOGITS])
+    requests = [make_request(), make_request(logprobs=1), make_request(), make_request(logit_bias={4: 50.0})]
+    assert [Sampler().needs_logits(each) for each in requests] == [False, True, False, True]
+    told = GreedyRows(token_ids=[3, 6, 0, 6], finite=[True, True, False, True])
+    first, second, third, fourth = Sampler().sample(logits, requests, told)
+    assert (first.token_id, second.token_id, fourth.token_id) == (3, 6, 4)
+    assert second.logprobs is not None
+    assert third.error is not None
+
+
+@given(steps=st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_penalties_count_on_from_step_to_step(steps: list[tuple[int, bool]]) -> None:
+    """As they would from the start, whether or not the request was in the step before."""
+    shape: dict[str, Any] = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.1}
+    request, sampler = make_request(temperature=1.0, seed=5, **shape), Sampler()
+    for token, sampled in steps:
+        request.token_ids.append(token)
+        if sampled:
+            assert sampler.sample(LOGITS[None], [request]) == Sampler().sample(LOGITS[None], [request])
+        else:
+            sampler.sample(LOGITS[None], [make_request()])

@@ -16,7 +16,7 @@ from torch import Tensor
 from services.common.gguf_config import config_from_gguf, open_gguf
 from services.inference.engine.interfaces import SampledToken
 from services.inference.engine.request import Request
-from services.inference.model.sampler import Sampler
+from services.inference.model.sampler import GreedyRows, Sampler
 from services.inference.tokenizer import ChatTurn, Tokenizer
 from tests.assets.random_adapter import make_random_adapter
 from tests.clients import generate, generate_all, request
@@ -89,10 +89,17 @@ class ForcingSampler(Sampler):
     """Makes each request say given tokens, and keeps the logits it would have chosen from."""
 
     def __init__(self, forced: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
         self._forced = forced
         self.logits: dict[str, list[Tensor]] = {name: [] for name in forced}
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
+    def needs_logits(self, request: Request) -> bool:
+        return request.request_id in self.logits
+
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], greedy: GreedyRows | None = None
+    ) -> list[SampledToken]:
+        assert greedy is None or len(greedy.token_ids) == len(requests)
         for row, seen in zip(logits, requests, strict=True):
             self.logits[seen.request_id].append(row.clone())
         return [SampledToken(self._forced[seen.request_id][seen.num_output_tokens]) for seen in requests]

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
+from services.inference.engine.adapter_control import AdapterControl
 from services.inference.engine.interfaces import Adapters, Runner, SampledToken, ScheduledRequest
 from services.inference.engine.messages import (
     AddRequest,
@@ -66,6 +67,7 @@ class Engine:
         self._step_log = step_log
         self._requests: dict[str, Request] = {}
         self._outputs: list[EngineOutput] = []
+        self.control = AdapterControl(adapters, clock, self._requests_of, self._give_up, self._tell)
         self._steps = 0
         self._max_adapters_in_step = 0
         self._prompt_tokens = 0
@@ -114,6 +116,7 @@ class Engine:
     def step(self) -> list[EngineOutput]:
         """Schedule, run, update. Empty-handed when nothing could run."""
         self._expire()
+        self._tend_adapters()
         self._bind_adapters()
         step = self.scheduler.schedule()
         started = self._clock()
@@ -131,9 +134,13 @@ class Engine:
         return outputs
 
     def next_deadline(self) -> float | None:
-        """Seconds until the next deadline of a request; None when there is none."""
+        """Seconds until something is due: a request's deadline, an adapter's; None when nothing is."""
         deadlines = [request.deadline for request in self._requests.values() if request.deadline is not None]
-        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+        deadlines += self.control.deadlines()
+        due = [max(0.0, min(deadlines) - self._clock())] if deadlines else []
+        if (adapters := self.adapters.next_deadline()) is not None:
+            due.append(adapters)
+        return min(due, default=None)
 
     def _expire(self) -> None:
         now = self._clock()
@@ -141,16 +148,32 @@ class Engine:
             if request.deadline is not None and request.deadline <= now:
                 self._give_up(request, DeadlinePassedError("the deadline passed"))
 
-    def _bind_adapters(self) -> None:
-        """Claim adapters for those who wait for one, and let go those whose adapter has come, or never will."""
+    def _tend_adapters(self) -> None:
+        """Take in what became of adapters; end the requests of those that cannot be had, and go on with commands."""
         self.adapters.poll()
+        for request in list(self._requests.values()):
+            if request.adapter is not None and (failure := self.adapters.failure(request.adapter)) is not None:
+                self._give_up(request, failure)
+        self.control.advance()
+
+    def _requests_of(self, name: str, version: int | None) -> list[Request]:
+        return [
+            request
+            for request in self._requests.values()
+            if request.adapter is not None
+            and request.adapter.name == name
+            and version in (None, request.adapter.version)
+        ]
+
+    def _tell(self, output: EngineOutput) -> None:
+        self._outputs.append(output)
+
+    def _bind_adapters(self) -> None:
+        """Claim adapters for those who wait for one, and let go those whose adapter has come."""
         for request in list(self.scheduler.queues.arriving):
             if request.adapter is not None:
                 request.claimed = request.claimed or self.adapters.try_claim(request.adapter)
                 if not request.claimed:
-                    continue
-                if (failure := self.adapters.failure(request.adapter)) is not None:
-                    self._give_up(request, failure)
                     continue
                 if not self.adapters.is_ready(request.adapter):
                     continue
@@ -250,6 +273,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             adapters=tuple(self.adapters.list(waiting)),
+            adapter_transitions=dict(self.adapters.transitions),
         )
 
     def check_integrity(self) -> None:

@@ -16,9 +16,12 @@ from services.inference.engine.messages import (
     EngineInput,
     EngineOutput,
     GetStats,
+    LoadAdapter,
     Prefetch,
     Shutdown,
     StatsReply,
+    UnloadAdapter,
+    UnpinAdapter,
 )
 
 log = logging.getLogger(__name__)
@@ -92,6 +95,8 @@ class EngineLoop:
                 self.engine.adapters.prefetch(adapter)
             case DropVersion(name, version):
                 self.engine.adapters.drop(name, version)
+            case LoadAdapter() | UnpinAdapter() | UnloadAdapter():
+                self.engine.control.handle(message)
             case AdaptersChanged():
                 pass  # being awake is all it asks; the next step polls
             case Shutdown():

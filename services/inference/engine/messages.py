@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,13 +61,47 @@ class DropVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Bring a version here and, with `pin`, keep it. Answered by an `AdapterReply` once it is here, or has failed."""
+
+    reply_id: int
+    adapter: AdapterVersion
+    pin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinAdapter:
+    """Let a pinned version be evicted again; answered by an `AdapterReply`."""
+
+    reply_id: int
+    adapter: AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """Let the running requests of an adapter finish, then evict it; answered by an `AdapterReply`.
+
+    version: None unloads every version
+    timeout: seconds until its requests are cancelled; None waits for all of them
+    """
+
+    reply_id: int
+    name: str
+    version: int | None
+    timeout: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """End the loop. With `drain`, first finish every request the engine has."""
 
     drain: bool
 
 
-EngineInput = AddRequest | AbortRequest | GetStats | AdaptersChanged | Prefetch | DropVersion | Shutdown
+AdapterCommand = LoadAdapter | UnpinAdapter | UnloadAdapter
+EngineInput = (
+    AddRequest | AbortRequest | GetStats | AdaptersChanged | Prefetch | DropVersion | AdapterCommand | Shutdown
+)
 
 # ---- engine → face
 
@@ -127,7 +162,10 @@ class RequestOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ResidentAdapter:
-    """An adapter as the engine sees it. tier: STORE, DISK, CPU or GPU; slot: None unless GPU."""
+    """An adapter as the engine sees it. tier: STORE, DISK, CPU or GPU; slot: None unless GPU.
+
+    state: the name of its `AdapterState`
+    """
 
     adapter: AdapterVersion
     tier: str
@@ -139,6 +177,8 @@ class ResidentAdapter:
     rank: int
     cpu_bytes: int
     error: str
+    state: str
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +188,7 @@ class EngineStats:
     running, parked: requests with KV blocks that take part in steps, and whose adapter's turn it is not
     waiting: requests without blocks; refused: those that found the queue full
     prefix_queried_tokens, prefix_hit_tokens: prompt tokens looked for in the prefix cache, and found
+    adapter_transitions: how often adapters went from one `AdapterState` to another, by their names
     """
 
     running: int
@@ -168,6 +209,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     adapters: tuple[ResidentAdapter, ...]
+    adapter_transitions: Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +219,20 @@ class StatsReply:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterReply:
+    """How an adapter command ended. tier: where a loaded adapter is; cancelled: requests that an unload cut off."""
+
+    reply_id: int
+    tier: str = ""
+    cancelled: int = 0
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineDied:
     """The engine ended by a fault of its own; every request it had is lost."""
 
     error: str
 
 
-EngineOutput = RequestStarted | RequestOutput | StatsReply | EngineDied
+EngineOutput = RequestStarted | RequestOutput | StatsReply | AdapterReply | EngineDied

@@ -18,7 +18,7 @@ from typing import Any
 
 from services.common.errors import MultiloraError
 from services.inference.config import LOG_FORMAT, ConfigError
-from services.inference.engine.messages import EngineInput, EngineOutput, RequestOutput
+from services.inference.engine.messages import AdapterReply, EngineInput, EngineOutput, RequestOutput
 from services.inference.hosting.wire import Start, Started, encode, portable, receive
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ def _take_in(messages: Iterator[Any], inbox: queue.SimpleQueue[EngineInput]) -> 
 
 
 def _portable(output: EngineOutput) -> EngineOutput:
+    if isinstance(output, AdapterReply) and output.error is not None:
+        return replace(output, error=portable(output.error))
     if isinstance(output, RequestOutput) and output.finished is not None and output.finished.error is not None:
         return output._replace(finished=replace(output.finished, error=portable(output.finished.error)))
     return output

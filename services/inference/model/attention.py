@@ -1,7 +1,7 @@
 """Paged attention in torch: keys and values live in blocks, a batch names which.
 
-What a block holds beyond a request's tokens is garbage of whoever had it before, perhaps NaN. It is read only through
-a selection (`masked_fill`), never through a product with zero, so it cannot reach an answer.
+What a block holds beyond a request's tokens is garbage of whoever had it before, perhaps NaN, which a product with
+zero would carry into an answer. It is never read: a context is padded with its own first token, and that is masked.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class AttentionBatch:
     new_rows: [rows] int64, where in the cache each row's key and value go
     prefill: requests with more than one row
     decode_rows: [n] int64, rows of the batch that are alone in their request
-    decode_cache_rows: [n, longest] int64, their contexts in the cache, padded
-    decode_padding: [n, longest] bool, True where that is padding
+    decode_cache_rows: [n, longest] int64, their contexts in the cache, each padded with its own first row
+    decode_visible: [n, 1, 1, longest] bool, False where that is padding
     """
 
     new_rows: Tensor
     prefill: tuple[PrefillSequence, ...]
     decode_rows: Tensor
     decode_cache_rows: Tensor
-    decode_padding: Tensor
+    decode_visible: Tensor
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, batch: AttentionBatch) -> Tensor:
@@ -64,12 +64,14 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int,
         q: [rows, heads, head_dim]   k, v: [rows, kv_heads, head_dim]   returns [rows, heads * head_dim]
     """
     keys, values = cache.keys[layer], cache.values[layer]
-    keys[batch.new_rows] = k
-    values[batch.new_rows] = v
+    keys.index_copy_(0, batch.new_rows, k)
+    values.index_copy_(0, batch.new_rows, v)
+    if not batch.prefill:
+        return _decode(q, keys, values, batch).flatten(1)
     out = torch.empty_like(q)
     for sequence in batch.prefill:
-        rows = slice(sequence.start, sequence.end)
-        out[rows] = _prefill(q[rows], keys[sequence.cache_rows], values[sequence.cache_rows])
+        rows, context = slice(sequence.start, sequence.end), sequence.cache_rows
+        out[rows] = _prefill(q[rows], keys.index_select(0, context), values.index_select(0, context))
     if batch.decode_rows.numel():
         out[batch.decode_rows] = _decode(q[batch.decode_rows], keys, values, batch)
     return out.flatten(1)
@@ -89,9 +91,7 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _decode(q: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
     """One token of each of n requests, contexts padded to the longest."""
-    padding = batch.decode_padding[:, :, None, None]
-    k = keys[batch.decode_cache_rows].masked_fill_(padding, 0).transpose(1, 2)
-    v = values[batch.decode_cache_rows].masked_fill_(padding, 0).transpose(1, 2)
-    visible = ~batch.decode_padding[:, None, None, :]
-    out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=visible, enable_gqa=True)
+    rows = batch.decode_cache_rows
+    k, v = (t.index_select(0, rows.flatten()).view(*rows.shape, *t.shape[1:]).transpose(1, 2) for t in (keys, values))
+    out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=batch.decode_visible, enable_gqa=True)
     return out.squeeze(2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from services.inference.model.attention import AttentionBatch, KVCache, paged_attention
 from services.inference.model.config import ModelConfig
 from services.inference.model.layers import RotaryEmbedding, rms_norm, rotate
+from services.inference.model.linear import Linear
 from services.inference.model.lora import LINEAR_GROUPS, LoraLayer
 
 
@@ -21,10 +22,10 @@ class DecoderLayer:
 
     input_norm: Tensor
     post_attention_norm: Tensor
-    qkv: Tensor
-    o: Tensor
-    gate_up: Tensor
-    down: Tensor
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Decoder:
         self._embedding = weights["model.embed_tokens.weight"]
         self._layers = [_layer(weights, f"model.layers.{index}.") for index in range(config.num_layers)]
         self._norm = weights["model.norm.weight"]
-        self._head = self._embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        self._head = Linear(self._embedding if config.tie_word_embeddings else weights["lm_head.weight"])
         self._rotary = RotaryEmbedding(config)
 
     def forward(self, batch: ForwardBatch, cache: KVCache, lora: Callable[[int], LoraLayer]) -> Tensor:
@@ -63,7 +64,7 @@ class Decoder:
             x = x + self._attention(rms_norm(x, layer.input_norm, eps), layer, index, cos_sin, batch, cache, adapters)
             x = x + self._mlp(rms_norm(x, layer.post_attention_norm, eps), layer, adapters)
         x = rms_norm(x[batch.sampled_rows], self._norm, eps)
-        return F.linear(x, self._head).float()
+        return self._head(x).float()
 
     def _attention(
         self,
@@ -76,20 +77,20 @@ class Decoder:
         adapters: LoraLayer,
     ) -> Tensor:
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        qkv = adapters.add("qkv", F.linear(x, layer.qkv), x)
+        qkv = adapters.add("qkv", layer.qkv(x), x)
         q, k, v = torch.split(qkv.view(-1, heads + 2 * kv_heads, head_dim), [heads, kv_heads, kv_heads], dim=1)
         out = paged_attention(rotate(q, *cos_sin), rotate(k, *cos_sin), v, cache, index, batch.attention)
-        return adapters.add("o", F.linear(out, layer.o), out)
+        return adapters.add("o", layer.o(out), out)
 
     def _mlp(self, x: Tensor, layer: DecoderLayer, adapters: LoraLayer) -> Tensor:
-        gate, up = adapters.add("gate_up", F.linear(x, layer.gate_up), x).chunk(2, dim=-1)
+        gate, up = adapters.add("gate_up", layer.gate_up(x), x).chunk(2, dim=-1)
         inner = F.silu(gate) * up
-        return adapters.add("down", F.linear(inner, layer.down), inner)
+        return adapters.add("down", layer.down(inner), inner)
 
 
 def _layer(weights: Mapping[str, Tensor], prefix: str) -> DecoderLayer:
-    def stacked(group: str) -> Tensor:
-        return torch.cat([weights[f"{prefix}{name}.weight"] for name in LINEAR_GROUPS[group]])
+    def stacked(group: str) -> Linear:
+        return Linear(torch.cat([weights[f"{prefix}{name}.weight"] for name in LINEAR_GROUPS[group]]))
 
     return DecoderLayer(
         input_norm=weights[prefix + "input_layernorm.weight"],

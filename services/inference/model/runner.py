@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_kernels import BASE_ROW, ActiveSet, LoraBatch
@@ -14,6 +16,8 @@ from services.inference.model.attention import AttentionBatch, KVCache, PrefillS
 from services.inference.model.decoder import Decoder, ForwardBatch
 from services.inference.model.lora import LoraLayer
 from services.inference.model.sampler import Sampler
+
+Indices = NDArray[np.int64]
 
 
 class ModelRunner:
@@ -39,53 +43,34 @@ class ModelRunner:
         return [next(sampled) if scheduled.samples else None for scheduled in step]
 
     def _forward_batch(self, step: Sequence[ScheduledRequest]) -> ForwardBatch:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        sampled_rows: list[int] = []
-        for scheduled in step:
-            start = scheduled.request.num_computed_tokens
-            end = start + scheduled.num_tokens
-            token_ids += scheduled.request.token_ids[start:end]
-            positions += range(start, end)
-            if scheduled.samples:
-                sampled_rows.append(len(token_ids) - 1)
+        counts = np.array([scheduled.num_tokens for scheduled in step])
+        starts = np.array([scheduled.request.num_computed_tokens for scheduled in step])
+        ends = counts.cumsum()
+        requests = np.repeat(np.arange(len(step)), counts)
+        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+        token_ids = [
+            token
+            for scheduled, start, count in zip(step, starts.tolist(), counts.tolist(), strict=True)
+            for token in scheduled.request.token_ids[start : start + count]
+        ]
+        contexts = starts + counts
+        cache_rows = self._cache_rows(step, contexts)
         return ForwardBatch(
             torch.tensor(token_ids),
-            torch.tensor(positions),
-            self._attention_batch(step),
-            torch.tensor(sampled_rows).long(),
+            torch.from_numpy(positions),
+            _attention_batch(counts, contexts, cache_rows, cache_rows[requests, positions]),
+            torch.from_numpy(ends[[scheduled.samples for scheduled in step]] - 1),
         )
 
-    def _attention_batch(self, step: Sequence[ScheduledRequest]) -> AttentionBatch:
-        new_rows: list[Tensor] = []
-        prefill: list[PrefillSequence] = []
-        decode_rows: list[int] = []
-        contexts: list[Tensor] = []
-        row = 0
-        for scheduled in step:
-            context = scheduled.request.num_computed_tokens + scheduled.num_tokens
-            cache_rows = self._cache_rows(scheduled.request.block_ids, context)
-            new_rows.append(cache_rows[context - scheduled.num_tokens :])
-            if scheduled.num_tokens == 1:
-                decode_rows.append(row)
-                contexts.append(cache_rows)
-            else:
-                prefill.append(PrefillSequence(row, row + scheduled.num_tokens, cache_rows))
-            row += scheduled.num_tokens
-        padded = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True, padding_value=-1) if contexts else _NO_ROWS
-        padding = padded < 0
-        return AttentionBatch(
-            new_rows=torch.cat(new_rows),
-            prefill=tuple(prefill),
-            decode_rows=torch.tensor(decode_rows, dtype=torch.int64),
-            decode_cache_rows=padded.masked_fill(padding, 0),
-            decode_padding=padding,
-        )
-
-    def _cache_rows(self, block_ids: Sequence[int], context: int) -> Tensor:
-        size = self._cache.block_size
-        starts = torch.tensor(block_ids, dtype=torch.int64) * size
-        return (starts[:, None] + torch.arange(size)).flatten()[:context]
+    def _cache_rows(self, step: Sequence[ScheduledRequest], contexts: Indices) -> Indices:
+        """[requests, longest]: where in the cache the tokens of each context lie, its first one repeated at the end."""
+        size, longest = self._cache.block_size, int(contexts.max())
+        blocks = np.zeros((len(step), -(-longest // size)), dtype=np.int64)
+        for row, scheduled in zip(blocks, step, strict=True):
+            held = scheduled.request.block_ids[: len(row)]
+            row[: len(held)] = held
+        rows = (blocks[:, :, None] * size + np.arange(size)).reshape(len(step), -1)[:, :longest]
+        return np.where(np.arange(longest) < contexts[:, None], rows, rows[:, :1])
 
     def _active_set(self, step: Sequence[ScheduledRequest]) -> ActiveSet:
         """The slots of this step; rebuilt only when they, or what lies in them, changed since the last one."""
@@ -97,7 +82,26 @@ class ModelRunner:
         return self._active
 
 
-_NO_ROWS = torch.zeros((0, 0), dtype=torch.int64)
+def _attention_batch(counts: Indices, contexts: Indices, cache_rows: Indices, new_rows: Indices) -> AttentionBatch:
+    """Requests with one new token attend together, the others each alone.
+
+    counts, contexts: [requests], new tokens and all tokens; cache_rows: [requests, longest]; new_rows: [rows]
+    """
+    first_rows, alone = counts.cumsum() - counts, counts == 1
+    longest = int(contexts[alone].max(initial=0))
+    return AttentionBatch(
+        new_rows=torch.from_numpy(new_rows),
+        prefill=tuple(
+            PrefillSequence(first, first + count, torch.from_numpy(rows[:context]))
+            for first, count, context, rows in zip(
+                first_rows.tolist(), counts.tolist(), contexts.tolist(), cache_rows, strict=True
+            )
+            if count > 1
+        ),
+        decode_rows=torch.from_numpy(first_rows[alone]),
+        decode_cache_rows=torch.from_numpy(cache_rows[alone, :longest]),
+        decode_visible=torch.from_numpy(np.arange(longest) < contexts[alone, None])[:, None, None],
+    )
 
 
 def _row_slots(step: Sequence[ScheduledRequest]) -> Tensor:

@@ -6,41 +6,70 @@ seed and n, so neither the batch nor a preemption changes what is drawn.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from services.common.errors import FailedPrecondition, Internal, MultiloraError
 from services.inference.engine.interfaces import SampledToken
 from services.inference.engine.messages import TokenLogprobs
-from services.inference.engine.request import Request, SamplingParams
+from services.inference.engine.request import Request
+from services.inference.model.candidates import Row, draw, largest
+from services.inference.model.penalties import Penalties, changes_logits
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyRows:
+    """What a step found out about its sampled rows while it computed them.
+
+    token_ids: the largest logit of each row, of equal ones the first; anything where the row is not finite
+    finite: False for a row with an inf or NaN
+    """
+
+    token_ids: Sequence[int]
+    finite: Sequence[bool]
 
 
 class Sampler:
-    """Chooses the next token of each request."""
+    """Chooses the next token of each request; keeps what penalties count of the requests it saw last."""
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-        """A token, or an error, per request. Shape: logits [len(requests), vocab] float32; may be changed in place."""
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
-        greedy = logits.argmax(dim=-1).tolist()
+    def __init__(self) -> None:
+        self._penalties = Penalties()
+
+    def needs_logits(self, request: Request) -> bool:
+        """Whether `sample` reads the request's row of logits when it is told the row's greedy token."""
+        return request.sampling.temperature != 0 or request.sampling.logprobs is not None or changes_logits(request)
+
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], greedy: GreedyRows | None = None
+    ) -> list[SampledToken]:
+        """A token, or an error, per request.
+
+        Shape: logits [len(requests), vocab] float32 on the CPU, left as they are. With `greedy`, rows whose request
+        `needs_logits` says no for are not read and may hold anything.
+        """
+        rows = logits.numpy()
+        known = greedy or GreedyRows(rows.argmax(axis=-1).tolist(), np.isfinite(rows).all(axis=-1).tolist())
+        self._penalties.follow(requests)
         return [
-            self._sample_row(logits[row], request, greedy[row])
-            if finite[row]
-            else SampledToken(error=_non_finite(request))
-            for row, request in enumerate(requests)
+            self._sample_row(row, request, token) if finite else SampledToken(error=_non_finite(request))
+            for row, request, token, finite in zip(rows, requests, known.token_ids, known.finite, strict=True)
         ]
 
-    def _sample_row(self, logits: Tensor, request: Request, greedy: int) -> SampledToken:
-        sampling = request.sampling
-        logprobs = torch.log_softmax(logits, dim=-1) if sampling.logprobs is not None else None
-        if _changes_logits(request):
-            logits = _processed(logits, request)
-            greedy = int(logits.argmax())
-        token = greedy if sampling.temperature == 0 else _draw(logits, sampling, request.num_output_tokens)
-        return SampledToken(token, None if logprobs is None else _logprobs(logprobs, token, sampling.logprobs or 0))
+    def _sample_row(self, logits: Row, request: Request, greedy: int) -> SampledToken:
+        sampling, choices = request.sampling, logits
+        if changes_logits(request):
+            choices = self._penalties.apply(logits, request)
+            greedy = int(choices.argmax())
+        if sampling.temperature == 0:
+            token = greedy
+        else:
+            token = draw(choices, sampling, uniform(sampling.seed, request.num_output_tokens))
+        if sampling.logprobs is None:
+            return SampledToken(token)
+        return SampledToken(token, _logprobs(logits, token, sampling.logprobs))
 
 
 def _non_finite(request: Request) -> MultiloraError:
@@ -56,59 +85,15 @@ def _non_finite(request: Request) -> MultiloraError:
     )
 
 
-def _changes_logits(request: Request) -> bool:
-    sampling = request.sampling
-    return bool(
-        sampling.repetition_penalty != 1
-        or sampling.frequency_penalty
-        or sampling.presence_penalty
-        or sampling.logit_bias
-        or (request.num_output_tokens < request.stopping.min_tokens and request.stopping.stop_token_ids)
-    )
-
-
-def _processed(logits: Tensor, request: Request) -> Tensor:
-    """Penalties, biases, and no end before min_tokens."""
-    sampling, logits = request.sampling, logits.clone()
-    if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(request.token_ids)))
-        values = logits[seen]
-        penalised = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
-        logits[seen] = penalised.clamp(max=torch.finfo(logits.dtype).max)  # a tiny penalty must not make it inf
-    if sampling.frequency_penalty or sampling.presence_penalty:
-        counts = Counter(request.output_token_ids)
-        if counts:
-            ids, times = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
-            logits[ids] -= sampling.frequency_penalty * times + sampling.presence_penalty
-    for token, bias in sampling.logit_bias.items():
-        logits[token] += bias
-    if request.num_output_tokens < request.stopping.min_tokens and request.stopping.stop_token_ids:
-        logits[torch.tensor(sorted(request.stopping.stop_token_ids))] = -torch.inf
-    return logits
-
-
-def _draw(logits: Tensor, sampling: SamplingParams, position: int) -> int:
-    """Draw from the filtered distribution: top_k first, so that the sort is short, then top_p, then min_p."""
-    kept = min(sampling.top_k or logits.numel(), logits.numel())
-    values, ids = torch.topk(logits, kept) if kept < logits.numel() else torch.sort(logits, descending=True)
-    # the best one subtracted first: else a tiny temperature makes inf of several, and NaN of all
-    probabilities = torch.softmax((values.double() - values[0]) / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(0) - probabilities
-        probabilities[before >= sampling.top_p] = 0
-    if sampling.min_p > 0:
-        probabilities[probabilities < sampling.min_p * probabilities[0]] = 0
-    cumulative = probabilities.cumsum(0)
-    drawn = torch.searchsorted(cumulative, uniform(sampling.seed, position) * cumulative[-1], right=True)
-    last = int(probabilities.nonzero()[-1])
-    return int(ids[min(int(drawn), last)])
-
-
 def uniform(seed: int, position: int) -> float:
     """The number in [0, 1) for a request's token at `position` of its answer."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position << 64)).random())
 
 
-def _logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
-    top, ids = torch.topk(logprobs, count)
-    return TokenLogprobs(float(logprobs[token]), tuple(ids.tolist()), tuple(top.tolist()))
+def _logprobs(logits: Row, token: int, count: int) -> TokenLogprobs:
+    """The model's own, before temperature, filters and penalties."""
+    best = logits.max()
+    total = float(best) + float(np.log(np.exp(logits - best).sum(dtype=np.float64)))
+    ids = largest(logits, count)
+    top = tuple(float(value) - total for value in logits[ids])
+    return TokenLogprobs(float(logits[token]) - total, tuple(ids.tolist()), top)
