@@ -98,6 +98,7 @@ def test_only_the_manager_calls_the_owners_of_adapters() -> None:
     owners = {"disk_cache", "cpu_cache", "slot_pool", "packed_adapter", "store_client"}
     wiring = {
         "services/inference/server.py",
+        "services/inference/engine_builder.py",
         "services/inference/model/backend.py",
         "services/inference/model/compiled_runner.py",
         "services/inference/model/runner.py",
@@ -110,9 +111,11 @@ def test_only_the_manager_calls_the_owners_of_adapters() -> None:
         assert users - inside <= wiring, f"{owner} is imported by {users - inside}"
 
 
-@pytest.mark.parametrize("module", ["services.adapter_store.__main__", "services.cli.main"])
+@pytest.mark.parametrize(
+    "module", ["services.adapter_store.__main__", "services.cli.main", "services.inference.server"]
+)
 def test_runs_without_torch(module: str) -> None:
-    """Not even by way of something else: the store's image has no torch."""
+    """Not even by way of something else: the store has no torch, and the serving face leaves it to the engine."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

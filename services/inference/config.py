@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MAX_LORA_RANK = 512
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class ConfigError(ValueError):
@@ -121,6 +122,8 @@ class ServerConfig:
     adapter_store: host:port of the store; None serves the base model alone
     adapter_root: directory beneath which adapters may be loaded by path; None refuses paths
     threads: 0 takes the cores this process may use
+    engine_process: whether the engine runs in a process of its own
+    max_unread_tokens: tokens that may wait for a client that does not read them, before its request is cancelled
     cpu_backend: compiled, torch, or auto, which is compiled where it can be had
     """
 
@@ -147,9 +150,12 @@ class ServerConfig:
     kv_cache_memory_bytes: int = 1 << 30
     shutdown_grace: float = 30.0
     threads: int = 0
+    engine_process: bool = True
+    max_unread_tokens: int = 4096
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
+        _at_least("--max-unread-tokens", self.max_unread_tokens, 1)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"--dtype is {self.dtype!r}; served are auto, float32 and bfloat16")
         if self.device != "cpu":

@@ -112,7 +112,7 @@ def cases(tiny_model: Path, store: StoreProcess, tmp_path_factory: pytest.TempPa
 
 
 def runner_parts(server: InferenceServer) -> tuple[KVCache | CpuCache, SlotPool]:
-    runner = server.serving.engine._engine.engine.runner
+    runner = server.serving.engine.host.engine.engine.runner
     return runner._cache, runner._pool
 
 
