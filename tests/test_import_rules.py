@@ -103,7 +103,6 @@ def test_only_the_manager_calls_the_owners_of_adapters() -> None:
         "services/inference/model/compiled_runner.py",
         "services/inference/model/runner.py",
         "services/bench/engine/steps.py",
-        "services/bench/torch_step.py",
     }
     for owner in owners:
         users = set(importers("services", f"services.inference.adapters.{owner}"))
