@@ -51,8 +51,9 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
 
     def add_to(self, server: grpc.aio.Server) -> None:
         store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(self, server)
-        pull = grpc.unary_stream_rpc_method_handler(
-            self.pull, request_deserializer=store_pb2.PullAdapterRequest.FromString
+        # once more, without a serialiser
+        pull: grpc.RpcMethodHandler[store_pb2.PullAdapterRequest, bytes] = grpc.unary_stream_rpc_method_handler(
+            self.PullAdapter, request_deserializer=store_pb2.PullAdapterRequest.FromString
         )
         server.add_registered_method_handlers(SERVICE, {"PullAdapter": pull})
 
@@ -69,8 +70,9 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
         versions = await asyncio.to_thread(self._store.catalog.resolve, reference, base_model=request.base_model)
         return convert.resolved_message(str(reference), versions, request.routing_key)
 
-    async def pull(self, request: store_pb2.PullAdapterRequest, context: Context) -> AsyncIterator[bytes]:
-        """PullAdapter; its responses come serialised."""
+    async def PullAdapter(  # type: ignore[override]  # its responses come serialised: see add_to
+        self, request: store_pb2.PullAdapterRequest, context: Context
+    ) -> AsyncIterator[bytes]:
         reader = await asyncio.to_thread(self._store.open_pack, request.digest, request.offset)
         with reader.closing():
             offset, total_size = request.offset, reader.size
