@@ -51,6 +51,7 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
 
     def add_to(self, server: grpc.aio.Server) -> None:
         store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(self, server)
+        # once more, without a serialiser
         pull: grpc.RpcMethodHandler[store_pb2.PullAdapterRequest, bytes] = grpc.unary_stream_rpc_method_handler(
             self.PullAdapter, request_deserializer=store_pb2.PullAdapterRequest.FromString
         )
@@ -69,10 +70,9 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
         versions = await asyncio.to_thread(self._store.catalog.resolve, reference, base_model=request.base_model)
         return convert.resolved_message(str(reference), versions, request.routing_key)
 
-    async def PullAdapter(  # type: ignore[override]
+    async def PullAdapter(  # type: ignore[override]  # its responses come serialised: see add_to
         self, request: store_pb2.PullAdapterRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        """Its responses come serialised: see `add_to`."""
         reader = await asyncio.to_thread(self._store.open_pack, request.digest, request.offset)
         with reader.closing():
             offset, total_size = request.offset, reader.size
