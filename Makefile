@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store serve bench-store bench-churn bench-peers bench-engine soak test test-asan test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-peers bench-engine soak test test-asan test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -74,6 +74,9 @@ bench-store: $(VENV)/.servers ## the store beside bare programs, within six minu
 
 bench-churn: $(VENV)/.bench ## many adapters, few slots: ratios beside the same load without the trouble
 	@$(BIN)/python -m services.bench.churn $(BENCH_FLAGS)
+
+bench-fairness: $(VENV)/.bench ## the scheduler alone over 100,000 steps: waits and shares beside what is promised
+	@$(BIN)/python -m services.bench.fairness $(BENCH_FLAGS)
 
 bench-peers: $(VENV)/.bench ## us beside vLLM's CPU build and PEFT, which are installed in .data/peers
 	@$(BIN)/python -m services.bench.peers $(BENCH_FLAGS)

@@ -71,24 +71,25 @@ class RankRows:
     rows: [R] int64 into `LoraWeights.a` flattened to [slices * pages * PAGE_ROWS, in]
     owners: [R] int32, the slot each row belongs to
     bounds: slices + 1 offsets into `rows`
+    spans: per slice, where each slot's rows lie within the slice's; slots that have none are left out
     """
 
     rows: Tensor
     owners: Tensor
     bounds: tuple[int, ...]
+    spans: tuple[Mapping[int, tuple[int, int]], ...]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class GatheredWeights:
     """An active set's rank rows of one layer's group, laid side by side for dense products.
 
-    a: [R, in] float32;  b: per slice [R_slice, out_slice] float32;  scales: [R] float32
+    a: [R, in] float32, times its scale;  b: per slice [R_slice, out_slice] float32
     finite: no inf or NaN in any b, so zeros can stand for the ranks a row must not see
     """
 
     a: Tensor
     b: tuple[Tensor, ...]
-    scales: Tensor
     finite: bool
 
 
@@ -140,20 +141,40 @@ class LoraBatch:
 
     row_slots: Tensor
     active: ActiveSet
+    _foreign: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @cached_property
     def tiles(self) -> RowTiles:
         """The kernels' work list: built by the first layer that asks, shared by all the others."""
         return build_row_tiles(self.row_slots, self.active.slot_ids)
 
+    @cached_property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """Runs of rows with the same adapter, (slot, first row, end), the base model's left out."""
+        slots, counts = torch.unique_consecutive(self.row_slots, return_counts=True)
+        ends = counts.cumsum(0)
+        runs = zip(slots.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
+        return [run for run in runs if run[0] != BASE_ROW]
+
+    def foreign(self, group: str) -> Tensor:
+        """[rows, R] bool: True where a rank row of the group is not the own adapter's; the same in every layer."""
+        if group not in self._foreign:
+            self._foreign[group] = self.row_slots[:, None] != self.active.rank_rows(group).owners
+        return self._foreign[group]
+
 
 def _rank_rows(slots: Sequence[int], table: PageTable) -> RankRows:
     rows: list[int] = []
     owners: list[int] = []
     bounds = [0]
+    spans: list[dict[int, tuple[int, int]]] = []
     for index, pages_of_slot in enumerate(table.pages):
         slice_start = index * table.rows_per_slice
+        spans.append({})
         for slot in slots:
+            if pages_of_slot[slot]:
+                first = len(rows) - bounds[-1]
+                spans[-1][slot] = first, first + len(pages_of_slot[slot]) * PAGE_ROWS
             for page in pages_of_slot[slot]:
                 first = slice_start + page * PAGE_ROWS
                 rows.extend(range(first, first + PAGE_ROWS))
@@ -164,4 +185,5 @@ def _rank_rows(slots: Sequence[int], table: PageTable) -> RankRows:
         torch.tensor(rows, dtype=torch.int64, device=device),
         torch.tensor(owners, dtype=torch.int32, device=device),
         tuple(bounds),
+        tuple(spans),
     )

@@ -3,6 +3,9 @@
 All active adapters' rank rows are laid side by side, so a batch costs one product down to the rank and one back up,
 whatever it mixes. A row of the batch keeps only its own adapter's ranks, by *selection*: another adapter's shrink
 result may have overflowed to inf, and inf times a zero mask would be NaN in a neighbour's answer.
+
+That multiplies every row by every adapter. Where an adapter's rows are many, a prompt's, each run of rows is
+multiplied by its own adapter alone instead.
 """
 
 from __future__ import annotations
@@ -12,7 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lora_kernels.layout import ActiveSet, GatheredWeights, LoraBatch, LoraWeights
+from lora_kernels.layout import ActiveSet, GatheredWeights, LoraBatch, LoraWeights, RankRows
+
+SEGMENT_ROWS = 16
+"""Rows a run has on average from which runs are multiplied apart. @MEASURED@
+"""
 
 
 def apply_lora_torch(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
@@ -28,32 +35,44 @@ def apply_lora_torch(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatc
     ranks = batch.active.rank_rows(weights.group)
     if not ranks.rows.numel():
         return
-    shrunk = x.float() @ gathered.a.T
-    shrunk *= gathered.scales
-    shrunk = torch.where(batch.row_slots[:, None] == ranks.owners, shrunk, 0.0)
+    # zeros that keep neighbours apart cannot stand before an inf or NaN in B
+    if not gathered.finite or _runs_are_long(batch):
+        _apply_apart(y, x, gathered, batch, ranks)
+    else:
+        _apply_together(y, x, gathered, batch.foreign(weights.group), ranks)
+
+
+def _runs_are_long(batch: LoraBatch) -> bool:
+    return len(batch.active.slots) > 1 and len(batch.row_slots) >= SEGMENT_ROWS * max(1, len(batch.segments))
+
+
+def _apply_together(y: Tensor, x: Tensor, gathered: GatheredWeights, foreign: Tensor, ranks: RankRows) -> None:
+    shrunk = (x.float() @ gathered.a.T).masked_fill_(foreign, 0.0)
     column = 0
-    for index, b in enumerate(gathered.b):
+    for b, (start, end) in zip(gathered.b, pairwise(ranks.bounds), strict=True):
         out = y[:, column : column + b.shape[1]]
         column += b.shape[1]
-        start, end = ranks.bounds[index : index + 2]
-        if start == end:
-            continue
-        own = shrunk[:, start:end]
-        if not gathered.finite:
-            out.add_(_expand_apart(own, b, ranks.owners[start:end], batch.row_slots))
-        elif y.dtype is torch.float32:
-            out.addmm_(own, b)
-        else:
-            out.add_(own @ b)
+        if start < end:
+            _add_product(out, shrunk[:, start:end], b)
 
 
-def _expand_apart(shrunk: Tensor, b: Tensor, owners: Tensor, row_slots: Tensor) -> Tensor:
-    """One product an adapter: the zeros that keep neighbours apart above cannot stand before an inf or NaN in B."""
-    product = shrunk.new_zeros(shrunk.shape[0], b.shape[1])
-    for slot in set(owners.tolist()):
-        rows, ranks = row_slots == slot, owners == slot
-        product[rows] = shrunk[rows][:, ranks] @ b[ranks]
-    return product
+def _apply_apart(y: Tensor, x: Tensor, gathered: GatheredWeights, batch: LoraBatch, ranks: RankRows) -> None:
+    wide = x.float()
+    for slot, first, end in batch.segments:
+        column = 0
+        for b, start, spans in zip(gathered.b, ranks.bounds[:-1], ranks.spans, strict=True):
+            out = y[first:end, column : column + b.shape[1]]
+            column += b.shape[1]
+            if slot in spans:
+                low, high = spans[slot]
+                _add_product(out, wide[first:end] @ gathered.a[start + low : start + high].T, b[low:high])
+
+
+def _add_product(out: Tensor, shrunk: Tensor, b: Tensor) -> None:
+    if out.dtype is torch.float32:
+        out.addmm_(shrunk, b)
+    else:
+        out.add_(shrunk @ b)
 
 
 def _gather(weights: LoraWeights, active: ActiveSet) -> GatheredWeights:
@@ -64,21 +83,16 @@ def _gather(weights: LoraWeights, active: ActiveSet) -> GatheredWeights:
     slices, rows_per_slice, width = weights.a.shape
     owners = ranks.owners.long()
     scales = torch.cat(
-        [weights.scales[index, owners[start:end]] for index, (start, end) in enumerate(_spans(ranks.bounds))]
+        [weights.scales[index, owners[start:end]] for index, (start, end) in enumerate(pairwise(ranks.bounds))]
     )
     b = tuple(
         weights.b[index].index_select(0, ranks.rows[start:end] - index * rows_per_slice).float()
-        for index, (start, end) in enumerate(_spans(ranks.bounds))
+        for index, (start, end) in enumerate(pairwise(ranks.bounds))
     )
     gathered = GatheredWeights(
-        a=weights.a.view(slices * rows_per_slice, width).index_select(0, ranks.rows).float(),
+        a=weights.a.view(slices * rows_per_slice, width).index_select(0, ranks.rows).float() * scales[:, None],
         b=b,
-        scales=scales,
         finite=all(bool(rows.isfinite().all()) for rows in b),
     )
     active.gathered[weights] = gathered
     return gathered
-
-
-def _spans(bounds: tuple[int, ...]) -> list[tuple[int, int]]:
-    return list(pairwise(bounds))

@@ -43,15 +43,24 @@ class Runner(Protocol):
         """Compute one step; an entry per request, None for one that does not sample in it."""
 
 
-class Adapters(Protocol):
-    """Adapters on this replica. Called by the engine's thread only; nothing here waits.
-
-    A *claim* keeps an adapter's copy in host memory for a request's life; a *slot* its place in the pool while the
-    request runs.
-    """
+class Slots(Protocol):
+    """The part of `Adapters` that the scheduler asks: places in the pool, each held for a step."""
 
     def tier(self, adapter: AdapterVersion) -> str:
         """STORE, DISK, CPU or GPU."""
+
+    def acquire(self, adapter: AdapterVersion) -> int | None:
+        """The slot of a ready adapter, loaded and held; None when every slot is held for others, or the copy failed."""
+
+    def release(self, adapter: AdapterVersion) -> None: ...
+
+
+class Adapters(Slots, Protocol):
+    """Adapters on this replica. Called by the engine's thread only; nothing here waits.
+
+    A *claim* keeps an adapter's copy in host memory for a request's life; a *slot* is its place in the pool, held for
+    a step.
+    """
 
     def prefetch(self, adapter: AdapterVersion) -> None:
         """Fetch it to host memory, unless claims of others leave no room."""
@@ -69,11 +78,6 @@ class Adapters(Protocol):
 
     def failure(self, adapter: AdapterVersion) -> Exception | None:
         """Why the adapter cannot be had, for as long as it is left alone; None when it may be tried."""
-
-    def acquire(self, adapter: AdapterVersion) -> int | None:
-        """The slot of a ready adapter, loaded and held; None when every slot is held for others, or the copy failed."""
-
-    def release(self, adapter: AdapterVersion) -> None: ...
 
     def warm(self, adapter: AdapterVersion) -> None:
         """Load a ready adapter, if a slot and its pages are free."""

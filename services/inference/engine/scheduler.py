@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from services.inference.config import SchedulerConfig
 from services.inference.engine.fair_share import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST
-from services.inference.engine.interfaces import Adapters, ScheduledRequest
+from services.inference.engine.interfaces import ScheduledRequest, Slots
 from services.inference.engine.kv_cache_manager import KVCacheManager
 from services.inference.engine.queues import Flow, RequestQueues, by_rank
 from services.inference.engine.request import Request, RequestStatus
@@ -30,7 +30,7 @@ class Scheduler:
     """A request that lacks its adapter or its turn lets others pass. When a running request finds no KV blocks, the one
     of the highest rank is preempted and computed again later, so the first one always moves."""
 
-    def __init__(self, config: SchedulerConfig, adapters: Adapters) -> None:
+    def __init__(self, config: SchedulerConfig, adapters: Slots) -> None:
         self.config = config
         self.adapters = adapters
         self.kv = KVCacheManager(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from services.inference.engine.fair_share import Weight
-from services.inference.engine.interfaces import Adapters
+from services.inference.engine.interfaces import Slots
 from services.inference.engine.request import AdapterVersion
 
 NEW_ADAPTER_SHARE = 4
@@ -47,7 +47,7 @@ class Turns:
     passed, longest_wait: turns that passed from one adapter to another, and the most steps one waited for its turn
     """
 
-    def __init__(self, adapters: Adapters, quantum: int, weight: Weight) -> None:
+    def __init__(self, adapters: Slots, quantum: int, weight: Weight) -> None:
         self._adapters = adapters
         self._quantum = quantum
         self._weight = weight

@@ -12,7 +12,7 @@ from torch import Tensor
 from services.inference.model.attention import AttentionBatch, KVCache, paged_attention
 from services.inference.model.config import ModelConfig
 from services.inference.model.layers import RotaryEmbedding, rms_norm, rotate
-from services.inference.model.linear import Linear
+from services.inference.model.linear import Linear, Widener, widener_for
 from services.inference.model.lora import LINEAR_GROUPS, LoraLayer
 
 
@@ -49,9 +49,10 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         self.config = config
         self._embedding = weights["model.embed_tokens.weight"]
-        self._layers = [_layer(weights, f"model.layers.{index}.") for index in range(config.num_layers)]
+        widener = widener_for(config.dtype)
+        self._layers = [_layer(weights, f"model.layers.{index}.", widener) for index in range(config.num_layers)]
         self._norm = weights["model.norm.weight"]
-        self._head = Linear(self._embedding if config.tie_word_embeddings else weights["lm_head.weight"])
+        self._head = Linear(self._embedding if config.tie_word_embeddings else weights["lm_head.weight"], widener)
         self._rotary = RotaryEmbedding(config)
 
     def forward(self, batch: ForwardBatch, cache: KVCache, lora: Callable[[int], LoraLayer]) -> Tensor:
@@ -88,9 +89,9 @@ class Decoder:
         return adapters.add("down", layer.down(inner), inner)
 
 
-def _layer(weights: Mapping[str, Tensor], prefix: str) -> DecoderLayer:
+def _layer(weights: Mapping[str, Tensor], prefix: str, widener: Widener | None) -> DecoderLayer:
     def stacked(group: str) -> Linear:
-        return Linear(torch.cat([weights[f"{prefix}{name}.weight"] for name in LINEAR_GROUPS[group]]))
+        return Linear(torch.cat([weights[f"{prefix}{name}.weight"] for name in LINEAR_GROUPS[group]]), widener)
 
     return DecoderLayer(
         input_norm=weights[prefix + "input_layernorm.weight"],

@@ -12,31 +12,43 @@ WIDEN_FROM_ROWS = 4
 Measured on two AVX2 cores, weight [960, 576], µs for 1 / 8 / 64 / 512 rows: as it is 90 / 585 / 4,577 / 32,017,
 widened first 189 / 364 / 697 / 4,125. About 70 a row against 160 and 25 a row: they meet at 3 to 4.
 """
-_CHUNK_ELEMENTS = 1 << 21
-"""Weights widened at a time, so that the copy takes 8 MB and not the head's 100 and more."""
+_CHUNK_ELEMENTS = 1 << 20
+"""Weights widened at a time: 4 MB beside the model, where the head alone would take 100 and more."""
+
+
+class Widener:
+    """Takes bfloat16 products in float32. Its scratch is written over and over: pages touched anew cost more."""
+
+    def __init__(self) -> None:
+        self._scratch = torch.zeros(_CHUNK_ELEMENTS)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x @ weight.T in bfloat16, a chunk of the weight at a time. Shape: x [rows, in], weight [out, in]."""
+        wide, y = x.float(), x.new_empty(len(x), len(weight))
+        chunk = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+        for part, out in zip(weight.split(chunk), y.split(chunk, dim=1), strict=True):
+            out.copy_(wide @ self._scratch[: part.numel()].view(part.shape).copy_(part).T)
+        return y
 
 
 class Linear:
     """y = x @ weight.T, accumulated in float32 and rounded to the weight's dtype once.
 
-    Shape: weight [out, in]; x [rows, in] in the weight's dtype; the answer [rows, out]
+    weight: [out, in]
+    widener: shared by a model's linears; None where the CPU multiplies the weight's dtype itself
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, widener: Widener | None) -> None:
         self._weight = weight
-        native = weight.dtype is not torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self._widens = not native
+        self._widener = widener
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._widens and len(x) >= WIDEN_FROM_ROWS:
-            return widened_product(x, self._weight)
+        """Shape: x [rows, in] in the weight's dtype; returns [rows, out]."""
+        if self._widener is not None and len(x) >= WIDEN_FROM_ROWS:
+            return self._widener.product(x, self._weight)
         return F.linear(x, self._weight)
 
 
-def widened_product(x: Tensor, weight: Tensor) -> Tensor:
-    """The product taken in float32, a chunk of the weight at a time; kept nowhere."""
-    wide, y = x.float(), x.new_empty(len(x), len(weight))
-    chunk = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-    for start in range(0, len(weight), chunk):
-        y[:, start : start + chunk] = wide @ weight[start : start + chunk].float().T
-    return y
+def widener_for(dtype: torch.dtype) -> Widener | None:
+    """One for bfloat16 on a CPU without instructions for it."""
+    return Widener() if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else None

@@ -18,6 +18,11 @@ from services.inference.http.metrics import render
 from tests.inference.http.pair import ADAPTER
 
 NAMES = {
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "multilora:num_requests_parked",
+    "multilora:parkings_total",
+    "multilora:requests_refused_total",
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
