@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-peers bench-engine soak test test-asan test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak test test-asan test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -84,6 +84,9 @@ bench-churn: $(VENV)/.bench ## many adapters, few slots: ratios beside the same 
 
 bench-fairness: $(VENV)/.bench ## the scheduler alone over 100,000 steps: waits and shares beside what is promised
 	@$(BIN)/python -m services.bench.fairness $(BENCH_FLAGS)
+
+bench-streaming: $(VENV)/.bench ## tokens a second through the serving face over a stub engine, beside bare grpc.aio
+	@$(BIN)/python -m services.bench.streaming $(BENCH_FLAGS)
 
 bench-peers: $(VENV)/.bench ## us beside vLLM's CPU build and PEFT, which are installed in .data/peers
 	@$(BIN)/python -m services.bench.peers $(BENCH_FLAGS)

@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run the engine in a process of its own",
     )
     add("--max-unread-tokens", defaults["max_unread_tokens"], "tokens a client may leave unread before it is cancelled")
+    add("--metrics-top-adapters", defaults["metrics_top_adapters"], "adapters with metrics of their own; rest: `other`")
     add("--shutdown-grace", defaults["shutdown_grace"], "seconds running requests have to finish at shutdown")
     add("--log-level", "info", "debug, info, warning or error")
     return parser

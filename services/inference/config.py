@@ -123,6 +123,7 @@ class ServerConfig:
     adapter_root: directory beneath which adapters may be loaded by path; None refuses paths
     threads: 0 takes the cores this process may use
     engine_process: whether the engine runs in a process of its own
+    metrics_top_adapters: adapters with metrics of their own; the others' are one
     max_unread_tokens: tokens that may wait for a client that does not read them, before its request is cancelled
     cpu_backend: compiled, torch, or auto, which is compiled where it can be had
     """
@@ -152,10 +153,12 @@ class ServerConfig:
     threads: int = 0
     engine_process: bool = True
     max_unread_tokens: int = 4096
+    metrics_top_adapters: int = 100
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
         _at_least("--max-unread-tokens", self.max_unread_tokens, 1)
+        _at_least("--metrics-top-adapters", self.metrics_top_adapters, 1)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"--dtype is {self.dtype!r}; served are auto, float32 and bfloat16")
         if self.device != "cpu":

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from services.common.errors import (
@@ -38,6 +38,7 @@ from services.inference.model.config import ModelConfig
 from services.inference.params import Stopping, check_priority, check_sampling, check_stopping
 from services.inference.resolver import Resolver
 from services.inference.tokenizer import ChatTurn, Tokenizer
+from services.inference.traffic import Meter, Traffic
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class Serving:
         self.tokenizer = tokenizer
         self.resolver = resolver
         self.engine = engine
+        self.traffic = Traffic(config.metrics_top_adapters)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Generate. Closing the iterator stops the request at the engine's next step."""
@@ -144,29 +146,41 @@ class Serving:
         pending = _PendingChunk(request.stream_interval)
         cached_tokens, times = 0, RequestTimes()
         arrival = time.monotonic()
-        async with contextlib.aclosing(self.engine.generate(add)) as outputs:
-            async for output in outputs:
-                if isinstance(output, RequestStarted):
-                    cached_tokens = output.cached_tokens
-                    yield Started(add.request_id, adapter, output.tier, len(add.prompt_token_ids), cached_tokens)
-                    continue
-                times = output.times or times
-                stop_token_id = output.finished.stop_token_id if output.finished is not None else None
-                text, used = detokenizer.push(output.token_ids, stop_token_id)
-                if output.finished is not None:
-                    text += detokenizer.flush()
-                pending.add(text, output.token_ids[:used], self._logprobs(output, used))
-                finished = RequestFinished("STOP") if detokenizer.stop_match else output.finished
-                if finished is None:
-                    if pending.full:
+        with self._metered(adapter) as meter:
+            async with contextlib.aclosing(self.engine.generate(add)) as outputs:
+                async for output in outputs:
+                    if isinstance(output, RequestStarted):
+                        cached_tokens = output.cached_tokens
+                        meter.started(output.tier, len(add.prompt_token_ids))
+                        yield Started(add.request_id, adapter, output.tier, len(add.prompt_token_ids), cached_tokens)
+                        continue
+                    times = output.times or times
+                    stop_token_id = output.finished.stop_token_id if output.finished is not None else None
+                    text, used = detokenizer.push(output.token_ids, stop_token_id)
+                    meter.tokens(used, output.times)
+                    if output.finished is not None:
+                        text += detokenizer.flush()
+                    pending.add(text, output.token_ids[:used], self._logprobs(output, used))
+                    finished = RequestFinished("STOP") if detokenizer.stop_match else output.finished
+                    if finished is None:
+                        if pending.full:
+                            yield pending.take()
+                        continue
+                    if finished.error is not None:
+                        raise _as_typed(finished.error)
+                    if not pending.empty:
                         yield pending.take()
-                    continue
-                if finished.error is not None:
-                    raise _as_typed(finished.error)
-                if not pending.empty:
-                    yield pending.take()
-                yield self._finished(add, detokenizer, finished, cached_tokens, times, time.monotonic() - arrival)
-                return
+                    yield self._finished(add, detokenizer, finished, cached_tokens, times, time.monotonic() - arrival)
+                    return
+
+    @contextlib.contextmanager
+    def _metered(self, adapter: AdapterVersion | None) -> Iterator[Meter]:
+        """What the request brings counts, however it ends."""
+        meter = Meter()
+        try:
+            yield meter
+        finally:
+            self.traffic.add(adapter.name if adapter is not None else self.model.name, meter.record)
 
     def prompt_ids(self, prompt: str | Sequence[int] | Sequence[ChatTurn], *, field: str = "prompt") -> list[int]:
         """The token ids of a prompt. Raises InvalidArgument when it is empty or out of the vocabulary."""

@@ -27,6 +27,7 @@ from services.inference.http.errors import (
     on_multilora_error,
 )
 from services.inference.http.openai import ChatRequest, CompletionRequest, OpenAIRequest
+from services.inference.http.traffic_metrics import adapter_label
 from services.inference.replica_control import ReplicaControl
 from services.inference.serving import Serving
 
@@ -72,7 +73,7 @@ class _Face:
         base = self._serving.model.name
         versions: dict[str, list[int]] = {}
         for resident in (await self._serving.engine.stats()).adapters:
-            versions.setdefault(resident.adapter.name, []).append(resident.adapter.version)
+            versions.setdefault(adapter_label(resident.adapter.name), []).append(resident.adapter.version)
         common = {"object": "model", "created": self._created, "owned_by": "multilora", "root": base}
         models = [{"id": base, **common, "parent": None, "max_model_len": self._serving.model.max_model_len}]
         for name, known in sorted(versions.items()):
@@ -85,5 +86,5 @@ class _Face:
     async def metrics(self, _request: Request) -> Response:
         stats = await self._serving.engine.stats()
         max_loras = self._serving.config.adapters.num_slots
-        page = metrics.render(stats, max_loras, self._serving.resolver.snapshot_age)
+        page = metrics.render(stats, self._serving.traffic, max_loras, self._serving.resolver.snapshot_age)
         return Response(page, headers={"content-type": CONTENT_TYPE_LATEST})

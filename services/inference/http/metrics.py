@@ -10,13 +10,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from services.inference.engine.messages import EngineStats, ResidentAdapter
+from services.inference.http.traffic_metrics import TrafficCollector, adapter_label
+from services.inference.traffic import Traffic
 
 
-def render(stats: EngineStats, max_loras: int, snapshot_age: float) -> bytes:
-    """The exposition of `stats` in the text format, whatever a scraper prefers: prometheus_client's OpenMetrics writes
-    an underscore for each colon, and so would rename every metric."""
+def render(stats: EngineStats, traffic: Traffic, max_loras: int, snapshot_age: float) -> bytes:
+    """The exposition of `stats` and `traffic` in the text format, whatever a scraper prefers: prometheus_client's
+    OpenMetrics writes an underscore for each colon, and so would rename every metric."""
     registry = CollectorRegistry()
     registry.register(StatsCollector(stats, max_loras, snapshot_age))
+    registry.register(TrafficCollector(traffic))
     return generate_latest(registry)
 
 
@@ -70,8 +73,9 @@ class StatsCollector(Collector):
 
     def _lora_requests(self) -> Metric:
         """Value: unix time, by which routers take the newest series. Waiting leaves out what is resident."""
-        running = {adapter.adapter.name for adapter in self._stats.adapters if adapter.tier == "GPU"}
-        waiting = {adapter.adapter.name for adapter in self._stats.adapters if _is_awaited(adapter)} - running
+        running = {adapter_label(adapter.adapter.name) for adapter in self._stats.adapters if adapter.tier == "GPU"}
+        awaited = {adapter_label(adapter.adapter.name) for adapter in self._stats.adapters if _is_awaited(adapter)}
+        waiting = awaited - running
         family = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters resident, and adapters with requests waiting for them",

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as text_stri
 from services.inference.engine.messages import EngineStats, ResidentAdapter
 from services.inference.engine.request import AdapterVersion
 from services.inference.http.metrics import render
+from services.inference.traffic import Traffic
 from tests.inference.http.pair import ADAPTER
 
 NAMES = {
@@ -40,11 +41,27 @@ NAMES = {
 
 
 TRANSITIONS = "multilora:adapter_transitions_total"
+BY_ADAPTER = {
+    "multilora:requests_total",
+    "multilora:prompt_tokens_total",
+    "multilora:generation_tokens_total",
+    *(
+        f"{name}_{part}"
+        for name in (
+            "multilora:queue_time_seconds",
+            "multilora:time_to_first_token_seconds",
+            "multilora:inter_token_latency_seconds",
+            "vllm:lora_adapter_load_duration_ms",
+        )
+        for part in ("bucket", "count", "sum")
+    ),
+}
 
 
 def samples(families: Iterable[Metric]) -> dict[str, tuple[dict[str, str], float]]:
-    """All but the one that counts by label."""
-    found = [sample for family in families for sample in family.samples if sample.name != TRANSITIONS]
+    """All but those that have several samples of a name."""
+    several = BY_ADAPTER | {TRANSITIONS}
+    found = [sample for family in families for sample in family.samples if sample.name not in several]
     assert max(Counter(sample.name for sample in found).values()) == 1
     return {sample.name: (sample.labels, sample.value) for sample in found}
 
@@ -76,12 +93,36 @@ def test_values_move_with_requests(http: httpx.Client) -> None:
     assert after["vllm:lora_adapters_active"][1] == 1
     assert after["vllm:lora_adapter_load_total"][1] == 1
     labels, when = after["vllm:lora_requests_info"]
-    assert labels == {"max_lora": "8", "waiting_lora_adapters": "", "running_lora_adapters": ADAPTER}
+    assert labels == {"max_lora": "8", "waiting_lora_adapters": "", "running_lora_adapters": "pirate"}
     assert when >= before["vllm:lora_requests_info"][1]
     assert after["vllm:cache_config_info"][0]["block_size"] == "16"
     moves = [line for line in http.get("/metrics").text.splitlines() if line.startswith(TRANSITIONS)]
     assert f'{TRANSITIONS}{{from="CPU",to="LOADING"}} 1.0' in moves
     assert len(moves) == 5, "each arrow from the store to a slot"
+
+
+def test_traffic_is_told_by_adapter(http: httpx.Client) -> None:
+    def scraped() -> Counter[tuple[str, str]]:
+        """Values by name and adapter, over all tiers; of a histogram all buckets as one."""
+        found: Counter[tuple[str, str]] = Counter()
+        for family in text_string_to_metric_families(http.get("/metrics").text):
+            for sample in family.samples:
+                if sample.labels.get("tenant") and sample.labels.get("le", "+Inf") == "+Inf":
+                    found[sample.name, sample.labels["adapter"]] += int(sample.value)
+        return found
+
+    body = {"model": ADAPTER, "prompt": [5, 6, 7], "max_tokens": 6, "ignore_eos": True, "stream": True}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    before = scraped()
+    assert http.post("/v1/completions", json=body).status_code == 200
+    after = scraped()
+    moved = {name: after[name, "pirate"] - before[name, "pirate"] for name, of in after if of == "pirate"}
+    assert moved["multilora:requests_total"] == 1
+    assert moved["multilora:prompt_tokens_total"] == 3
+    assert moved["multilora:generation_tokens_total"] == 6
+    assert moved["multilora:time_to_first_token_seconds_count"] == moved["multilora:queue_time_seconds_count"] == 1
+    assert moved["multilora:inter_token_latency_seconds_bucket"] <= 5, "tokens that came with the first have no gap"
+    assert after["multilora:generation_tokens_total", "other"] == 0
 
 
 def resident(name: str, tier: str, waiting: int, version: int = 1) -> ResidentAdapter:
@@ -105,7 +146,7 @@ def test_waiting_leaves_out_what_is_resident() -> None:
     }
     moves = {("STORE", "PULLING"): 3}
     stats = EngineStats(**counts | {"blocks_free": 75, "adapters": adapters, "adapter_transitions": moves})
-    found = samples(text_string_to_metric_families(render(stats, 4, 0.5).decode()))
+    found = samples(text_string_to_metric_families(render(stats, Traffic(1), 4, 0.5).decode()))
     assert found["vllm:lora_requests_info"][0] == {
         "max_lora": "4",
         "running_lora_adapters": "t/both,t/busy",

@@ -66,10 +66,10 @@ def test_an_answer_says_what_it_was_bound_to(client: openai.OpenAI, pair: Pair) 
 def test_models_lists_the_base_and_what_is_here(client: openai.OpenAI) -> None:
     client.completions.create(model=ADAPTER, prompt="x", max_tokens=1)
     models = {model.id: model.model_dump() for model in client.models.list()}
-    assert set(models) == {TINY_BASE, ADAPTER}
+    assert set(models) == {TINY_BASE, "pirate"}
     assert models[TINY_BASE]["parent"] is None
-    assert models[ADAPTER]["parent"] == TINY_BASE
-    assert models[ADAPTER]["versions"] == [1]
+    assert models["pirate"]["parent"] == TINY_BASE
+    assert models["pirate"]["versions"] == [1]
 
 
 def test_prompts_as_text_ids_and_lists_of_one(client: openai.OpenAI) -> None:

@@ -318,7 +318,7 @@ class OutputParams(_message.Message):
     prompt_logprobs: _builtins.int
     """The same for the prompt's tokens. Not served yet."""
     stream_interval: _builtins.int
-    """Tokens gathered into one chunk. Default 1."""
+    """Tokens gathered into one chunk; more where the client is slower than they come. Default 1."""
     def __init__(
         self,
         *,
