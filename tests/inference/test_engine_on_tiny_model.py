@@ -383,7 +383,7 @@ def test_chunks_make_the_answer(server: InferenceServer, interval: int) -> None:
         text = "".join(chunk.text for chunk in chunks)
         assert text == server.serving.tokenizer.decode(ids, skip_special_tokens=True)
         sizes = [len(chunk.token_ids) for chunk in chunks]
-        assert sizes == [min(interval, 40 - start) for start in range(0, 40, interval)]
+        assert all(size >= interval for size in sizes[:-1]), "tokens are gathered; what waited comes along"
         assert [len(chunk.logprobs) for chunk in chunks] == sizes
 
 
