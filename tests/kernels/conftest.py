@@ -36,7 +36,7 @@ def triton_path() -> Iterator[ModuleType]:
     sys.modules.update(imported)
     vars(lora_kernels).update({name: module for name, module in attributes.items() if module is not None})
     with pytest.MonkeyPatch.context() as patch:
-        _widen_bf16_in_dot(patch)
+        _mend_dot(patch)
         yield interpreted
 
 
@@ -44,15 +44,21 @@ def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _widen_bf16_in_dot(patch: pytest.MonkeyPatch) -> None:
-    """Mend the interpreter's `tl.dot`: it keeps bf16 as 16-bit integers and multiplies those."""
+def _mend_dot(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter's `tl.dot`, which keeps bf16 as 16-bit integers and multiplies those, and whose BLAS adds a row's
+    products in an order that depends, on some processors, on the row's place in the tile. A tensor core's does not."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def widened(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    def wide(handle: Any) -> np.ndarray[Any, Any]:
+        if handle.dtype.scalar == tl.bfloat16:
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data.astype(np.float32)
 
-    dot = InterpreterBuilder.create_dot
-    patch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
+    def dot(_builder: Any, a: Any, b: Any, c: Any, *_rest: Any) -> Any:
+        product = np.zeros(c.data.shape, np.float32)
+        for column, row in zip(wide(a).T, wide(b), strict=True):
+            product += column[:, None] * row
+        return TensorHandle((product + c.data).astype(c.data.dtype), c.dtype.scalar)
+
+    patch.setattr(InterpreterBuilder, "create_dot", dot)
