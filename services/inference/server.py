@@ -58,7 +58,8 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
     model = load_config(
         config.model, name=config.served_model_name, dtype=config.dtype, max_model_len=config.max_model_len
     )
-    async with _engine_host(config, functools.partial(build, config, model)) as host:
+    build_served = functools.partial(build, config, model)
+    async with _engine_host(config, build_served) as host, contextlib.AsyncExitStack() as opened:
         tokenizer = Tokenizer.load(config.model, model.eos_token_ids)
         open_gguf.cache_clear()
         await host.ready()
@@ -70,6 +71,8 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
         )
         port = grpc_server.bind(f"{config.host}:{config.port}")
         http_socket = None if config.http_port is None else _listen(config.host, config.http_port)
+        if http_socket is not None:
+            opened.enter_context(http_socket)  # a start that is given up leaves nothing open
         names = NameClient(config.adapter_store, model.name) if config.adapter_store else None
         engine = AsyncEngine(host, config.max_unread_tokens)
         resolver = Resolver(model.name, names.resolve if names is not None else None)
