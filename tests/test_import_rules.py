@@ -59,8 +59,8 @@ def importers(folder: str, package: str) -> list[str]:
     ]
 
 
-def test_kernels_import_torch_and_triton_only() -> None:
-    assert offenders("kernels/lora_kernels", ("lora_kernels", "torch", "triton")) == []
+def test_kernels_import_numpy_torch_and_triton_only() -> None:
+    assert offenders("kernels/lora_kernels", ("lora_kernels", "numpy", "torch", "triton")) == []
 
 
 def test_engine_imports_the_standard_library_and_config_only() -> None:
@@ -96,23 +96,34 @@ def test_only_store_commands_open_the_stores_files() -> None:
 
 def test_only_the_manager_calls_the_owners_of_adapters() -> None:
     owners = {"disk_cache", "cpu_cache", "slot_pool", "packed_adapter", "store_client"}
-    wiring = {"services/inference/server.py", "services/inference/model/runner.py"}
+    wiring = {
+        "services/inference/server.py",
+        "services/inference/engine_builder.py",
+        "services/inference/model/backend.py",
+        "services/inference/model/compiled_runner.py",
+        "services/inference/model/runner.py",
+        "services/bench/engine/steps.py",
+    }
     for owner in owners:
         users = set(importers("services", f"services.inference.adapters.{owner}"))
         inside = {user for user in users if user.startswith("services/inference/adapters/")}
         assert users - inside <= wiring, f"{owner} is imported by {users - inside}"
 
 
-@pytest.mark.parametrize("module", ["services.adapter_store.__main__", "services.cli.main"])
+@pytest.mark.parametrize(
+    "module", ["services.adapter_store.__main__", "services.cli.main", "services.inference.server"]
+)
 def test_runs_without_torch(module: str) -> None:
-    """Not even by way of something else: the store's image has no torch."""
+    """Not even by way of something else: the store has no torch, and the serving face leaves it to the engine."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_peft_and_transformers_are_for_tests_only() -> None:
+    """But for the program that `make bench-peers` runs in PEFT's own environment."""
     for package in ("peft", "transformers"):
-        assert importers("services", package) == importers("kernels", package) == []
+        assert importers("services", package) == ["services/bench/peers/mixed_batch.py"]
+        assert importers("kernels", package) == []
 
 
 def test_step_fits_on_a_screen() -> None:

@@ -21,12 +21,20 @@ async def receive_header(requests: AsyncIterator[UploadRequest]) -> admin_pb2.Re
 
 
 async def receive_files(requests: AsyncIterator[UploadRequest], upload: Upload) -> None:
-    """Write every chunk; the upload is discarded when the stream breaks or a chunk is refused."""
+    """Write every chunk, each while the next one comes; the upload is discarded when the stream breaks or a chunk is
+    refused."""
+    writing: asyncio.Future[None] | None = None
     try:
         async for request in requests:
             if request.WhichOneof("part") != "chunk":
                 raise InvalidArgument("MISSING_CHUNK", "after the header only chunks come", field="chunk")
-            await asyncio.to_thread(upload.write, request.chunk.file, request.chunk.data)
+            if writing is not None:
+                await writing
+            writing = asyncio.ensure_future(asyncio.to_thread(upload.write, request.chunk.file, request.chunk.data))
+        if writing is not None:
+            await writing
     except BaseException:  # a cancelled call, too
         await asyncio.to_thread(upload.discard)
+        if writing is not None:
+            await asyncio.gather(writing, return_exceptions=True)
         raise

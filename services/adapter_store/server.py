@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
+from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
 from services.adapter_store.admin_servicer import AdapterAdminServicer
 from services.adapter_store.feed import HEARTBEAT_SECONDS, Feed
-from services.adapter_store.servicer import AdapterStoreServicer
+from services.adapter_store.servicer import SERVICE, AdapterStoreServicer
 from services.adapter_store.store import AdapterStore
 from services.common.rpc import GrpcServer
 
@@ -21,7 +21,7 @@ def make_server() -> GrpcServer:
     """A server to bind; nothing is served before `serving`."""
     return GrpcServer(
         [
-            store_pb2.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name,
+            SERVICE,
             admin_pb2.DESCRIPTOR.services_by_name["AdapterAdminService"].full_name,
         ]
     )
@@ -34,7 +34,7 @@ async def serving(
     """Serve within the context. Leaving it ends watches at once, and gives other calls `stop_grace` seconds."""
     with ThreadPoolExecutor(WORKER_THREADS, "worker") as workers, ThreadPoolExecutor(1, "upkeep") as upkeep:
         async with Feed(store.journal, store.journal.index, heartbeat=heartbeat) as feed:
-            store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(AdapterStoreServicer(store, feed), server.server)
+            AdapterStoreServicer(store, feed).add_to(server.server)
             admin_pb2_grpc.add_AdapterAdminServiceServicer_to_server(
                 AdapterAdminServicer(store, workers, upkeep), server.server
             )

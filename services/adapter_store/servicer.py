@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from multilora.adapter_store.v1 import store_pb2, store_pb2_grpc
@@ -14,6 +15,7 @@ from services.adapter_store import convert
 from services.adapter_store.blobs.interface import BlobReader
 from services.adapter_store.feed import Feed
 from services.adapter_store.store import AdapterStore
+from services.common.errors import DataLoss
 from services.common.references import parse_reference
 
 # A read and a message each. With 64 pulls at once, messages of 1 MiB took three times the memory; what has to be waited
@@ -21,19 +23,39 @@ from services.common.references import parse_reference
 PULL_CHUNK_BYTES = 256 << 10
 CACHED_CHUNK_BYTES = 512 << 10
 
+SERVICE = store_pb2.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
+
+# The data's field in a PullAdapterResponse, which is written by hand: protobuf would copy the bytes twice more.
+_DATA_TAG = bytes([store_pb2.PullAdapterResponse.DATA_FIELD_NUMBER << 3 | 2])
+_HEAD_BYTES = 32  # the most that comes before the data: two tags and two varints
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-async def read_piece(reader: BlobReader, offset: int) -> bytes:
-    """The next bytes, from a thread only if they have to be waited for."""
-    data = reader.read_now(offset, CACHED_CHUNK_BYTES)
-    return await asyncio.to_thread(reader.read, offset, PULL_CHUNK_BYTES) if data is None else data
+def pull_head(length: int, total_size: int) -> bytes:
+    """What a serialised PullAdapterResponse with so much data begins with; the data's bytes end it."""
+    head, rest = bytearray(store_pb2.PullAdapterResponse(total_size=total_size).SerializeToString()), length
+    head += _DATA_TAG
+    while rest >= 0x80:
+        head.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    head.append(rest)
+    return bytes(head)
 
 
 class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
     def __init__(self, store: AdapterStore, feed: Feed) -> None:
         self._store = store
         self._feed = feed
+        self._scratch = memoryview(bytearray(_HEAD_BYTES + CACHED_CHUNK_BYTES))
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(self, server)
+        # once more, without a serialiser
+        pull: grpc.RpcMethodHandler[store_pb2.PullAdapterRequest, bytes] = grpc.unary_stream_rpc_method_handler(
+            self.PullAdapter, request_deserializer=store_pb2.PullAdapterRequest.FromString
+        )
+        server.add_registered_method_handlers(SERVICE, {"PullAdapter": pull})
 
     async def GetBaseModel(
         self, request: store_pb2.GetBaseModelRequest, context: Context
@@ -48,17 +70,32 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
         versions = await asyncio.to_thread(self._store.catalog.resolve, reference, base_model=request.base_model)
         return convert.resolved_message(str(reference), versions, request.routing_key)
 
-    async def PullAdapter(
+    async def PullAdapter(  # type: ignore[override]  # its responses come serialised: see add_to
         self, request: store_pb2.PullAdapterRequest, context: Context
-    ) -> AsyncIterator[store_pb2.PullAdapterResponse]:
+    ) -> AsyncIterator[bytes]:
         reader = await asyncio.to_thread(self._store.open_pack, request.digest, request.offset)
         with reader.closing():
             offset, total_size = request.offset, reader.size
-            while data := await read_piece(reader, offset):
-                yield store_pb2.PullAdapterResponse(data=data, total_size=total_size)
-                offset, total_size = offset + len(data), 0
+            while (left := reader.size - offset) > 0:
+                message, count = await self._read(reader, offset, left, total_size)
+                yield message
+                offset, total_size = offset + count, 0
             if total_size:  # nothing was left to send, but the size
-                yield store_pb2.PullAdapterResponse(total_size=total_size)
+                yield store_pb2.PullAdapterResponse(total_size=total_size).SerializeToString()
+
+    async def _read(self, reader: BlobReader, offset: int, left: int, total_size: int) -> tuple[bytes, int]:
+        """The next message, and how many of the blob's bytes it holds; a thread reads what has to be waited for."""
+        # shared by all pulls: nothing is awaited before it is copied
+        count = reader.read_now(self._scratch[_HEAD_BYTES : _HEAD_BYTES + min(left, CACHED_CHUNK_BYTES)], offset)
+        if not count:
+            data = await asyncio.to_thread(reader.read, offset, min(left, PULL_CHUNK_BYTES))
+            if not data:
+                raise DataLoss("BLOB_CUT_SHORT", f"the blob ends {left} bytes early; verify the store")
+            return pull_head(len(data), total_size) + data, len(data)
+        head = pull_head(count, total_size)
+        begin = _HEAD_BYTES - len(head)
+        self._scratch[begin:_HEAD_BYTES] = head
+        return bytes(self._scratch[begin : _HEAD_BYTES + count]), count
 
     async def WatchAdapters(
         self, request: store_pb2.WatchAdaptersRequest, context: Context

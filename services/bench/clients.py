@@ -33,17 +33,22 @@ async def register_base(channel: grpc.aio.Channel) -> None:
 
 async def register(channel: grpc.aio.Channel, name: str, files: Files) -> str:
     """Upload an adapter's next version: its pack digest."""
+    answer = await upload(channel, name, files, BASE_MODEL)
+    assert not answer.existed, "the adapter was there already: nothing was measured"
+    return answer.version.identity.pack_digest
 
+
+async def upload(
+    channel: grpc.aio.Channel, name: str, files: Files, base_model: str
+) -> admin_pb2.RegisterVersionResponse:
     async def messages() -> AsyncIterator[admin_pb2.RegisterVersionRequest]:
-        header = admin_pb2.RegisterVersionHeader(adapter=name, base_model=BASE_MODEL)
+        header = admin_pb2.RegisterVersionHeader(adapter=name, base_model=base_model)
         yield admin_pb2.RegisterVersionRequest(header=header)
         for file, content in ((CONFIG_FILE, files.config), (WEIGHTS_FILE, files.weights)):
             for data in _chunks(content):
                 yield admin_pb2.RegisterVersionRequest(chunk=admin_pb2.FileChunk(file=file, data=data))
 
-    answer = await admin_pb2_grpc.AdapterAdminServiceStub(channel).RegisterVersion(messages())
-    assert not answer.existed, "the adapter was there already: nothing was measured"
-    return answer.version.identity.pack_digest
+    return await admin_pb2_grpc.AdapterAdminServiceStub(channel).RegisterVersion(messages())
 
 
 async def bare_upload(channel: grpc.aio.Channel, files: Files) -> None:

@@ -17,7 +17,7 @@ from services.adapter_store.log.entry import Body, VersionAdded
 from services.adapter_store.records import UploadHeader, VersionContent
 from services.adapter_store.store import AdapterStore
 from services.adapter_store.streams import adapter_stream
-from services.bench.adapters import BASE_MODEL, CONFIG_FILE, WEIGHTS_FILE, base_config, make_adapter
+from services.bench.adapters import BASE_MODEL, CONFIG_FILE, WEIGHTS_FILE, Files, base_config, make_adapter
 from services.common.profile import profile_from_config
 from services.common.references import AdapterName
 
@@ -30,15 +30,25 @@ def adapter_name(number: int) -> str:
     return f"adapter-{number:06d}"
 
 
-def seed(root: Path, adapters: int) -> None:
-    """A store on disk with a SQLite index."""
+def seed(
+    root: Path,
+    adapters: int,
+    *,
+    base_model: str = BASE_MODEL,
+    config_json: str = "",
+    files: Files | None = None,
+    max_lora_rank: int = 64,
+) -> None:
+    """A store on disk with a SQLite index. Without a config and files: the benchmark's own base and adapter."""
+    files = files or make_adapter(0)
     root.mkdir(parents=True)
     blobs, entries = open_place(str(root), staging=root)
     store = AdapterStore(blobs, entries, open_index(str(root / INDEX_FILE)), max_upload_bytes=_MAX_UPLOAD_BYTES)
     try:
-        store.changes.register_base_model(profile_from_config(BASE_MODEL, base_config()))
-        header = UploadHeader(AdapterName(TENANT, adapter_name(0)), BASE_MODEL)
-        files = make_adapter(0)
+        store.changes.register_base_model(
+            profile_from_config(base_model, config_json or base_config(), max_lora_rank=max_lora_rank)
+        )
+        header = UploadHeader(AdapterName(TENANT, adapter_name(0)), base_model)
         with store.registration.begin_upload(header) as upload:
             upload.write(CONFIG_FILE, files.config)
             upload.write(WEIGHTS_FILE, bytes(files.weights))

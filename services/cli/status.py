@@ -28,7 +28,20 @@ def status(context: typer.Context, output: Output = Format.TABLE) -> None:
         return
     print_fields(_summary(info))
     typer.echo()
-    columns = ("adapter", "tier", "slot", "rank", "pages", "references", "waiting", "requests", "cpu_bytes", "error")
+    columns = (
+        "adapter",
+        "tier",
+        "state",
+        "pinned",
+        "slot",
+        "rank",
+        "pages",
+        "references",
+        "waiting",
+        "requests",
+        "cpu_bytes",
+        "error",
+    )
     print_rows(rows, columns=columns, output=Format.TABLE, empty="no adapters here yet")
 
 
@@ -65,4 +78,6 @@ def _adapter_row(adapter: control_pb2.ResidentAdapter) -> Row:
         "cpu_bytes": adapter.cpu_bytes,
         "error": adapter.error,
         "waiting": adapter.waiting,
+        "state": adapter.state,
+        "pinned": adapter.pinned,
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 MAX_LORA_RANK = 512
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class ConfigError(ValueError):
@@ -16,15 +18,21 @@ class ConfigError(ValueError):
 class AdapterConfig:
     """Room for adapters.
 
-    max_loras: most adapters resident in the slot pool
+    max_loras: adapters of the highest rank for which the slot pool has pages; most adapters resident in it
     max_lora_rank: highest rank a module may have; with max_loras it sizes the pool
+    max_resident_loras: most adapters resident, as far as the pages go; 0 is max_loras
     max_cpu_loras: most adapters in host memory
+    max_cpu_bytes: most bytes of adapters in host memory; 0 bounds their number alone
+    adapter_idle_ttl: seconds after which an adapter that nobody asks for leaves the slot pool; 0 keeps it
     max_disk_bytes: bytes of packed adapters kept on this node's disk
     """
 
     max_loras: int = 8
     max_lora_rank: int = 64
+    max_resident_loras: int = 0
     max_cpu_loras: int = 32
+    max_cpu_bytes: int = 0
+    adapter_idle_ttl: float = 0.0
     max_disk_bytes: int = 8 << 30
 
     def __post_init__(self) -> None:
@@ -33,11 +41,25 @@ class AdapterConfig:
         _at_least("--max-disk-bytes", self.max_disk_bytes, 1)
         if self.max_lora_rank > MAX_LORA_RANK:
             raise ConfigError(f"--max-lora-rank is {self.max_lora_rank}; at most {MAX_LORA_RANK} is served")
-        if self.max_cpu_loras < self.max_loras:
+        _at_least("--max-cpu-bytes", self.max_cpu_bytes, 0)
+        if not 0 <= self.adapter_idle_ttl < float("inf"):
+            raise ConfigError(f"--adapter-idle-ttl is {self.adapter_idle_ttl}; give seconds, or 0 for no limit")
+        if self.max_resident_loras and self.max_resident_loras < self.max_loras:
             raise ConfigError(
-                f"--max-cpu-loras ({self.max_cpu_loras}) is below --max-loras ({self.max_loras}): "
+                f"--max-resident-loras ({self.max_resident_loras}) is below --max-loras ({self.max_loras}), which it "
+                "raises; leave it out or raise it"
+            )
+        if self.max_cpu_loras < self.num_slots:
+            flag = "--max-resident-loras" if self.max_resident_loras else "--max-loras"
+            raise ConfigError(
+                f"--max-cpu-loras ({self.max_cpu_loras}) is below {flag} ({self.num_slots}): "
                 "every resident adapter also has its copy in host memory; raise the first or lower the second"
             )
+
+    @property
+    def num_slots(self) -> int:
+        """Most adapters resident in the slot pool."""
+        return self.max_resident_loras or self.max_loras
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +71,11 @@ class SchedulerConfig:
     max_num_batched_tokens: most tokens in one step; longer prompts are cut into chunks
     block_size: tokens a KV block holds
     num_blocks: KV blocks, the null block included
+    max_waiting_requests: most requests that wait to be admitted; one adapter's may be half of what others leave
+    enable_prefix_caching: whether requests share the blocks of a common beginning
+    turn_tokens: tokens of a request before its adapter's slot may pass to another that waits
+    step_seconds: seconds that a step with prompts in it should take at most
+    weights: fair shares of tenants (`acme`) and of adapters (`acme/pirate`), where they are not 1
     """
 
     max_model_len: int
@@ -56,9 +83,21 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     block_size: int = 16
+    max_waiting_requests: int = 1024
+    enable_prefix_caching: bool = True
+    turn_tokens: int = 32
+    step_seconds: float = 0.1
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _at_least("--max-model-len", self.max_model_len, 2)
+        _at_least("--max-waiting-requests", self.max_waiting_requests, 1)
+        _at_least("--turn-tokens", self.turn_tokens, 1)
+        if not self.step_seconds > 0:
+            raise ConfigError(f"--step-seconds is {self.step_seconds}; it must be above 0")
+        for name, weight in self.weights.items():
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"--share-weight {name}={weight}: a weight must be above 0 and finite")
         _at_least("--max-num-seqs", self.max_num_seqs, 1)
         _at_least("--block-size", self.block_size, 1)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -76,39 +115,57 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Everything the command line says.
+    """Everything the command line says; see the configs above for what they share with it.
 
     max_model_len: 0 takes the model's own length
     http_port: None serves no HTTP
     adapter_store: host:port of the store; None serves the base model alone
+    adapter_root: directory beneath which adapters may be loaded by path; None refuses paths
     threads: 0 takes the cores this process may use
+    engine_process: whether the engine runs in a process of its own
+    max_unread_tokens: tokens that may wait for a client that does not read them, before its request is cancelled
+    cpu_backend: compiled, torch, or auto, which is compiled where it can be had
     """
 
     model: Path
     served_model_name: str = ""
     dtype: str = "auto"
     device: str = "cpu"
+    cpu_backend: str = "auto"
     host: str = "127.0.0.1"
     port: int = 50051
     http_port: int | None = 8000
     adapter_store: str | None = None
+    adapter_root: Path | None = None
     data_dir: Path = Path(".data/inference")
     max_model_len: int = 0
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     block_size: int = 16
+    max_waiting_requests: int = 1024
+    enable_prefix_caching: bool = True
+    turn_tokens: int = 32
+    step_seconds: float = 0.1
+    weights: Mapping[str, float] = field(default_factory=dict)
     kv_cache_memory_bytes: int = 1 << 30
     shutdown_grace: float = 30.0
     threads: int = 0
+    engine_process: bool = True
+    max_unread_tokens: int = 4096
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
+        _at_least("--max-unread-tokens", self.max_unread_tokens, 1)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"--dtype is {self.dtype!r}; served are auto, float32 and bfloat16")
         if self.device != "cpu":
             raise ConfigError(f"--device is {self.device!r}; only cpu is served yet")
+        if self.cpu_backend not in ("auto", "compiled", "torch"):
+            raise ConfigError(f"--cpu-backend is {self.cpu_backend!r}; there are auto, compiled and torch")
         if not self.model.exists():
             raise ConfigError(f"--model: nothing is at {self.model}; give a Hugging Face directory or a .gguf file")
+        if self.adapter_root is not None and not self.adapter_root.is_dir():
+            raise ConfigError(f"--adapter-root: {self.adapter_root} is no directory")
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

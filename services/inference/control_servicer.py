@@ -4,40 +4,54 @@ from __future__ import annotations
 
 import time
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc.aio
 
 from multilora.inference.v1 import control_pb2, control_pb2_grpc
-from services.common.errors import Unimplemented
-from services.inference.conversion import from_resident
+from services.inference.conversion import from_resident, from_tier, from_version
+from services.inference.replica_control import ReplicaControl
 from services.inference.serving import Serving
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdapterControlServicer(control_pb2_grpc.AdapterControlServiceServicer):
-    """What this replica holds, its limits and its load.
+    """What this replica holds, its limits and its load, and the levers on them.
 
     started: when the replica started, in seconds of the monotonic clock
     """
 
-    def __init__(self, serving: Serving, started: float) -> None:
+    def __init__(self, serving: Serving, control: ReplicaControl, started: float) -> None:
         self._serving = serving
+        self._control = control
         self._started = started
         self._version = version("multilora")
 
-    async def LoadAdapter(self, _request: control_pb2.LoadAdapterRequest, _context: Context) -> NoReturn:
-        raise Unimplemented.not_yet("LoadAdapter")
+    async def LoadAdapter(
+        self, request: control_pb2.LoadAdapterRequest, _context: Context
+    ) -> control_pb2.LoadAdapterResponse:
+        loaded = (await self._control.load(request.adapter, request.path, promote=request.promote))[0]
+        identity = from_version(loaded.adapter, self._serving.model.name)
+        return control_pb2.LoadAdapterResponse(identity=identity, tier=from_tier(loaded.tier))
 
-    async def UnloadAdapter(self, _request: control_pb2.UnloadAdapterRequest, _context: Context) -> NoReturn:
-        raise Unimplemented.not_yet("UnloadAdapter")
+    async def UnloadAdapter(
+        self, request: control_pb2.UnloadAdapterRequest, _context: Context
+    ) -> control_pb2.UnloadAdapterResponse:
+        cancelled = await self._control.unload(request.adapter, request.drain_timeout or None)
+        return control_pb2.UnloadAdapterResponse(cancelled_requests=cancelled)
 
-    async def PinAdapter(self, _request: control_pb2.PinAdapterRequest, _context: Context) -> NoReturn:
-        raise Unimplemented.not_yet("PinAdapter")
+    async def PinAdapter(
+        self, request: control_pb2.PinAdapterRequest, _context: Context
+    ) -> control_pb2.PinAdapterResponse:
+        pinned = (await self._control.pin(request.adapter))[0]
+        return control_pb2.PinAdapterResponse(identity=from_version(pinned.adapter, self._serving.model.name))
 
-    async def UnpinAdapter(self, _request: control_pb2.UnpinAdapterRequest, _context: Context) -> NoReturn:
-        raise Unimplemented.not_yet("UnpinAdapter")
+    async def UnpinAdapter(
+        self, request: control_pb2.UnpinAdapterRequest, _context: Context
+    ) -> control_pb2.UnpinAdapterResponse:
+        await self._control.unpin(request.adapter)
+        return control_pb2.UnpinAdapterResponse()
 
     async def ListAdapters(
         self, _request: control_pb2.ListAdaptersRequest, _context: Context
@@ -53,7 +67,7 @@ class AdapterControlServicer(control_pb2_grpc.AdapterControlServiceServicer):
         return control_pb2.GetServerInfoResponse(
             version=self._version,
             model=self._serving.model.name,
-            max_loras=limits.max_loras,
+            max_loras=limits.num_slots,
             max_lora_rank=limits.max_lora_rank,
             max_cpu_loras=limits.max_cpu_loras,
             requests_running=stats.running,

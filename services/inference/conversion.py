@@ -30,8 +30,6 @@ def to_generation_request(request: inference_pb2.GenerateRequest, timeout: float
 
     timeout: seconds until the call's deadline; None when it has none
     """
-    if request.priority != 0:
-        raise Unimplemented.not_yet("priority")
     if request.output.HasField("prompt_logprobs"):
         raise Unimplemented.not_yet("output.prompt_logprobs")
     return GenerationRequest(
@@ -42,6 +40,8 @@ def to_generation_request(request: inference_pb2.GenerateRequest, timeout: float
         stopping=_to_stopping(request.stopping),
         stream_interval=request.output.stream_interval if request.output.HasField("stream_interval") else 1,
         routing_key=request.routing_key,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
         timeout=timeout,
     )
 
@@ -122,7 +122,7 @@ def _from_started(started: Started) -> inference_pb2.Started:
         adapter=adapter.name if adapter is not None else "",
         version=adapter.version if adapter is not None else 0,
         digest=adapter.digest if adapter is not None else "",
-        tier=_from_tier(started.tier),
+        tier=from_tier(started.tier),
         prompt_tokens=started.prompt_tokens,
         cached_tokens=started.cached_tokens,
     )
@@ -156,8 +156,8 @@ def _from_choice(choice: TokenChoice) -> inference_pb2.TokenLogprob:
 def from_resident(resident: ResidentAdapter, base_model: str) -> control_pb2.ResidentAdapter:
     """An adapter of this replica as the control service tells of it."""
     return control_pb2.ResidentAdapter(
-        identity=_from_version(resident.adapter, base_model),
-        tier=_from_tier(resident.tier),
+        identity=from_version(resident.adapter, base_model),
+        tier=from_tier(resident.tier),
         slot=resident.slot if resident.slot is not None else 0,
         pages=resident.pages,
         references=resident.references,
@@ -166,10 +166,12 @@ def from_resident(resident: ResidentAdapter, base_model: str) -> control_pb2.Res
         cpu_bytes=resident.cpu_bytes,
         error=resident.error,
         waiting=resident.waiting,
+        pinned=resident.pinned,
+        state=resident.state,
     )
 
 
-def _from_version(version: AdapterVersion, base_model: str) -> common_pb2.AdapterIdentity:
+def from_version(version: AdapterVersion, base_model: str) -> common_pb2.AdapterIdentity:
     return common_pb2.AdapterIdentity(
         adapter=version.name,
         version=version.version,
@@ -180,6 +182,6 @@ def _from_version(version: AdapterVersion, base_model: str) -> common_pb2.Adapte
     )
 
 
-def _from_tier(tier: str) -> common_pb2.Tier.ValueType:
+def from_tier(tier: str) -> common_pb2.Tier.ValueType:
     """'' is the base model, which is in no tier."""
     return common_pb2.Tier.Value(f"TIER_{tier}") if tier else common_pb2.TIER_UNSPECIFIED

@@ -21,8 +21,8 @@ class Detokenizer:
         self._stops = stopping.stop
         self._include_stop = stopping.include_stop
         self._min_tokens = stopping.min_tokens
-        self._ids: list[int] = []
-        self._decoded = ""
+        self._last: list[int] = []  # ids of the last text that became certain
+        self._uncertain: list[int] = []  # those since
         self._held = ""
         self.num_tokens = 0
         self.stop_match = ""
@@ -37,8 +37,10 @@ class Detokenizer:
             self.num_tokens += 1
             if token_id == stop_token_id and count == len(token_ids) and not self._include_stop:
                 break
-            self._ids.append(token_id)
-            released.append(self._take(self._stream(token_id)))
+            self._uncertain.append(token_id)
+            if text := self._stream(token_id):
+                self._last, self._uncertain = self._uncertain, []
+                released.append(self._take(text))
             if self.stop_match:
                 return "".join(released), count
         return "".join(released), len(token_ids)
@@ -47,14 +49,20 @@ class Detokenizer:
         """The rest of the text, once no more ids come: what was held back, and a character left incomplete."""
         if self.stop_match:
             return ""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        tail = whole.removeprefix(self._decoded) if whole.startswith(self._decoded) else ""
-        rest = self._take(tail) + self._held
+        rest = self._take(self._tail()) + self._held
         self._held = ""
         return rest
 
+    def _tail(self) -> str:
+        """What the uncertain ids are, decoded after those before them: some decoders begin a text in another way."""
+        if not self._uncertain:
+            return ""
+        known, whole = (
+            self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (self._last, self._last + self._uncertain)
+        )
+        return whole.removeprefix(known) if whole.startswith(known) else ""
+
     def _take(self, text: str) -> str:
-        self._decoded += text
         if not self._stops or self.num_tokens <= self._min_tokens:
             return text
         self._held += text

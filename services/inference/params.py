@@ -10,6 +10,7 @@ from services.inference.engine.request import SamplingParams, StoppingParams
 
 MAX_LOGPROBS = 20
 MAX_STOP_TEXTS = 16
+MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,12 @@ def check_stopping(stopping: Stopping, room: int, eos: frozenset[int], vocab_siz
     for token in stopping.stop_token_ids:
         _token("stopping.stop_token_ids", token, vocab_size)
     return StoppingParams(max_tokens, stopping.min_tokens, eos | frozenset(stopping.stop_token_ids))
+
+
+def check_priority(priority: int) -> int:
+    """Return `priority` when it is in range; else raise InvalidArgument."""
+    _within("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+    return priority
 
 
 def _within(field: str, value: float, low: float, high: float, *, open_below: bool = False) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.common.errors import NotFound, Unavailable
@@ -47,6 +47,10 @@ class _Known:
     asked_at: float
 
 
+def _hiding_keys(version: AdapterVersion) -> tuple[tuple[str, int | None], ...]:
+    return (version.name, None), (version.name, version.version)
+
+
 Lookup = Callable[[str], Awaitable[Meaning]]
 
 
@@ -62,6 +66,7 @@ class Resolver:
         self._clock = clock
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._changes = 0
+        self._hidden: dict[tuple[str, int | None], object] = {}
         self.seen_at = -float("inf")
 
     @property
@@ -72,11 +77,22 @@ class Resolver:
     async def resolve(self, reference: str, routing_key: str = "") -> AdapterVersion | None:
         """The version a reference means right now; None is the base model.
 
-        Raises InvalidArgument (malformed), NotFound (adapter, version or alias), FailedPrecondition (another base),
-        Unavailable (the store is away and the name was not asked for before).
+        Raises InvalidArgument (malformed), NotFound (adapter, version or alias, here or anywhere), FailedPrecondition
+        (another base), Unavailable (the store is away and the name was not asked for before).
         """
         if not reference or reference == self._base_model:
             return None
+        version = (await self.meaning(reference)).pick(routing_key)
+        if any(key in self._hidden for key in _hiding_keys(version)):
+            raise NotFound(
+                "ADAPTER_NOT_FOUND",
+                f"adapter {reference!r} is unloaded on this replica; load it again, or ask another",
+                field="adapter",
+            )
+        return version
+
+    async def meaning(self, reference: str) -> Meaning:
+        """What an adapter reference means right now, hidden here or not. Raises as `resolve`."""
         full = str(parse_reference(reference))
         if self._lookup is None:
             raise NotFound(
@@ -86,15 +102,27 @@ class Resolver:
             )
         known = self._known.get(full)
         if known is not None and self._is_fresh(known):
-            return known.meaning.pick(routing_key)
+            return known.meaning
         try:
-            return (await self.ask(full)).pick(routing_key)
+            return await self.ask(full)
         except Unavailable:
             if known is None:
                 raise
-            version = known.meaning.pick(routing_key)
-            log.warning("the store is away; %s still means version %d", full, version.version)
-            return version
+            meant = ", ".join(str(version.version) for version in known.meaning.versions.values())
+            log.warning("the store is away; %s still means version %s", full, meant)
+            return known.meaning
+
+    def hide(self, name: str, version: int | None) -> None:
+        """Answer for a version, or with None for the whole name, as if there were none."""
+        self._hidden[name, version] = object()
+
+    def hidings(self, version: AdapterVersion) -> list[object]:
+        """What hides a version now, for `show`."""
+        return [self._hidden[key] for key in _hiding_keys(version) if key in self._hidden]
+
+    def show(self, hidings: Sequence[object]) -> None:
+        """Take back what hid a version; what has come since stays."""
+        self._hidden = {key: hiding for key, hiding in self._hidden.items() if hiding not in hidings}
 
     async def ask(self, full: str) -> Meaning:
         """Ask the store, and remember. `full` is a reference in full. Raises what the store raises."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-import os
 import queue
 import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import torch
 import uvicorn
 
 from multilora.inference.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -20,27 +19,18 @@ from services.common.errors import FailedPrecondition, NotFound, Unavailable
 from services.common.gguf_config import open_gguf
 from services.common.profile import check_profile, linear_shapes
 from services.common.rpc import GrpcServer
-from services.inference.adapters.disk_cache import DiskCache
-from services.inference.adapters.manager import AdapterManager
-from services.inference.adapters.packed_adapter import BaseModelShapes
-from services.inference.adapters.slot_pool import SlotPool
-from services.inference.adapters.store_client import NameClient, PullClient
+from services.inference.adapters.store_client import NameClient
 from services.inference.async_engine import AsyncEngine
-from services.inference.config import SchedulerConfig, ServerConfig
+from services.inference.config import ServerConfig
 from services.inference.control_servicer import AdapterControlServicer
-from services.inference.engine.engine import Engine, StepLog
-from services.inference.engine.loop import EngineLoop
-from services.inference.engine.messages import AdaptersChanged, EngineInput
-from services.inference.engine.scheduler import Scheduler
+from services.inference.hosting.interface import EngineBuilder, EngineHost
+from services.inference.hosting.model_engine import ServedEngineBuilder, model_engine
+from services.inference.hosting.process import ProcessHost
+from services.inference.hosting.thread import ThreadHost
 from services.inference.http.app import create_app
-from services.inference.model.attention import KVCache
 from services.inference.model.config import ModelConfig, load_config
-from services.inference.model.decoder import Decoder
-from services.inference.model.lora import group_shapes
-from services.inference.model.runner import ModelRunner
-from services.inference.model.sampler import Sampler
-from services.inference.model.weights import load_weights
 from services.inference.name_watch import NameWatch
+from services.inference.replica_control import ReplicaControl
 from services.inference.resolver import Resolver
 from services.inference.servicer import InferenceServicer
 from services.inference.serving import Serving
@@ -58,86 +48,67 @@ class RunningServer:
     http_port: int | None
 
 
-def build_engine(config: ServerConfig, model: ModelConfig, *, sampler: Sampler, step_log: StepLog | None) -> EngineLoop:
-    """Load the weights, set the KV cache and the slot pool aside, and wire the engine; nothing runs yet."""
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-    decoder = Decoder(model, load_weights(config.model, model))
-    num_blocks = config.kv_cache_memory_bytes // (model.kv_bytes_per_token * config.block_size)
-    limits = SchedulerConfig(
-        max_model_len=model.max_model_len,
-        num_blocks=num_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size,
-    )
-    cache = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
-    room = config.adapters
-    pool = SlotPool(group_shapes(model), model.num_layers, room.max_loras, room.max_lora_rank, model.dtype)
-    inbox: queue.SimpleQueue[EngineInput] = queue.SimpleQueue()
-    adapters = AdapterManager(
-        PullClient(config.adapter_store) if config.adapter_store else None,
-        DiskCache(config.data_dir / "adapters", room.max_disk_bytes),
-        pool,
-        BaseModelShapes(linear_shapes(model.hf_config), room.max_lora_rank, model.dtype),
-        room.max_cpu_loras,
-        notify=lambda: inbox.put(AdaptersChanged()),
-    )
-    runner = ModelRunner(decoder, cache, pool, sampler)
-    return EngineLoop(Engine(Scheduler(limits, adapters), runner, adapters, time.monotonic, step_log), inbox)
-
-
 @contextlib.asynccontextmanager
-async def serve(
-    config: ServerConfig, *, sampler: Sampler | None = None, step_log: StepLog | None = None
-) -> AsyncIterator[RunningServer]:
+async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine) -> AsyncIterator[RunningServer]:
     """Serve while the context is open; leaving it finishes what runs, within the grace, and takes no more.
 
-    sampler, step_log: the tests' windows into what the engine does
+    build: makes the engine, in the place that the settings say
     """
     started = time.monotonic()
     model = load_config(
         config.model, name=config.served_model_name, dtype=config.dtype, max_model_len=config.max_model_len
     )
-    tokenizer = Tokenizer.load(config.model, model.eos_token_ids)
-    loop = build_engine(config, model, sampler=sampler or Sampler(), step_log=step_log)
-    open_gguf.cache_clear()
-
-    grpc_server = GrpcServer(
-        [
-            inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
-            control_pb2.DESCRIPTOR.services_by_name["AdapterControlService"].full_name,
-        ]
-    )
-    port = grpc_server.bind(f"{config.host}:{config.port}")
-    http_socket = None if config.http_port is None else _listen(config.host, config.http_port)
-    names = NameClient(config.adapter_store, model.name) if config.adapter_store else None
-    engine = AsyncEngine(loop)
-    resolver = Resolver(model.name, names.resolve if names is not None else None)
-    if names is not None:
-        await _compare_with_profile(names, model, config.adapters.max_lora_rank)
-    serving = Serving(config, model, tokenizer, resolver, engine)
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(serving), grpc_server.server)
-    control_pb2_grpc.add_AdapterControlServiceServicer_to_server(
-        AdapterControlServicer(serving, started), grpc_server.server
-    )
-    await grpc_server.start()
-    async with _http(http_socket, serving):
-        await grpc_server.set_serving(True)
-        tasks = [asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))]
+    async with _engine_host(config, functools.partial(build, config, model)) as host:
+        tokenizer = Tokenizer.load(config.model, model.eos_token_ids)
+        open_gguf.cache_clear()
+        await host.ready()
+        grpc_server = GrpcServer(
+            [
+                inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+                control_pb2.DESCRIPTOR.services_by_name["AdapterControlService"].full_name,
+            ]
+        )
+        port = grpc_server.bind(f"{config.host}:{config.port}")
+        http_socket = None if config.http_port is None else _listen(config.host, config.http_port)
+        names = NameClient(config.adapter_store, model.name) if config.adapter_store else None
+        engine = AsyncEngine(host, config.max_unread_tokens)
+        resolver = Resolver(model.name, names.resolve if names is not None else None)
         if names is not None:
-            tasks.append(asyncio.create_task(_watch_names(names, resolver, engine, config, model)))
-        log.info("ready after %.1f s", time.monotonic() - started)
-        try:
-            yield RunningServer(serving, port, None if http_socket is None else http_socket.getsockname()[1])
-        finally:
-            log.info("shutting down; requests have %.0f s to finish", config.shutdown_grace)
-            for task in tasks:
-                task.cancel()
-            await grpc_server.set_serving(False)
-            await engine.shutdown(drain=True, timeout=config.shutdown_grace)
-            await grpc_server.stop(grace=1.0)
+            await _compare_with_profile(names, model, config.adapters.max_lora_rank)
+        serving = Serving(config, model, tokenizer, resolver, engine)
+        control = ReplicaControl(config.adapter_root, resolver, engine, names)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(serving), grpc_server.server)
+        control_pb2_grpc.add_AdapterControlServiceServicer_to_server(
+            AdapterControlServicer(serving, control, started), grpc_server.server
+        )
+        await grpc_server.start()
+        async with _http(http_socket, serving, control):
+            await grpc_server.set_serving(True)
+            tasks = [asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))]
             if names is not None:
-                await names.close()
+                tasks.append(asyncio.create_task(_watch_names(names, resolver, engine, config, model)))
+            log.info("ready after %.1f s", time.monotonic() - started)
+            try:
+                yield RunningServer(serving, port, None if http_socket is None else http_socket.getsockname()[1])
+            finally:
+                log.info("shutting down; requests have %.0f s to finish", config.shutdown_grace)
+                for task in tasks:
+                    task.cancel()
+                await grpc_server.set_serving(False)
+                await engine.shutdown(drain=True, timeout=config.shutdown_grace)
+                await grpc_server.stop(grace=1.0)
+                if names is not None:
+                    await names.close()
+
+
+@contextlib.asynccontextmanager
+async def _engine_host(config: ServerConfig, build: EngineBuilder) -> AsyncIterator[EngineHost]:
+    """Where the engine is to run; a process loads the model while this one goes on."""
+    host = ProcessHost(build) if config.engine_process else ThreadHost(build(queue.SimpleQueue()))
+    try:
+        yield host
+    finally:
+        await host.close()
 
 
 async def _compare_with_profile(names: NameClient, model: ModelConfig, max_lora_rank: int) -> None:
@@ -203,13 +174,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _http(listening: socket.socket | None, serving: Serving) -> AsyncIterator[None]:
+async def _http(listening: socket.socket | None, serving: Serving, control: ReplicaControl) -> AsyncIterator[None]:
     if listening is None:
         yield
         return
     server = _Uvicorn(
         uvicorn.Config(
-            create_app(serving),
+            create_app(serving, control),
             log_level="warning",
             access_log=False,
             lifespan="off",

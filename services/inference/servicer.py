@@ -57,7 +57,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             vocab_size=model.vocab_size,
             max_model_len=model.max_model_len,
             dtype=model.dtype_name,
-            max_loras=adapters.max_loras,
+            max_loras=adapters.num_slots,
             max_lora_rank=adapters.max_lora_rank,
             config_json=json.dumps(dict(model.hf_config)),
         )

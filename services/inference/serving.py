@@ -13,11 +13,18 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from services.common.errors import AlreadyExists, DeadlineExceeded, Internal, InvalidArgument, MultiloraError
+from services.common.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    MultiloraError,
+    ResourceExhausted,
+)
 from services.inference.async_engine import AsyncEngine
 from services.inference.config import ServerConfig
 from services.inference.detokenizer import Detokenizer
-from services.inference.engine.engine import DeadlinePassedError
+from services.inference.engine.engine import DeadlinePassedError, QueueFullError
 from services.inference.engine.messages import (
     AddRequest,
     RequestFinished,
@@ -28,7 +35,7 @@ from services.inference.engine.messages import (
 )
 from services.inference.engine.request import AdapterVersion, SamplingParams
 from services.inference.model.config import ModelConfig
-from services.inference.params import Stopping, check_sampling, check_stopping
+from services.inference.params import Stopping, check_priority, check_sampling, check_stopping
 from services.inference.resolver import Resolver
 from services.inference.tokenizer import ChatTurn, Tokenizer
 
@@ -44,6 +51,8 @@ class GenerationRequest:
     prompt: text, token ids, or the turns of a conversation
     adapter: adapter reference; empty is the base model
     request_id: made up when empty
+    priority: higher is sooner, among requests for the same adapter
+    cache_salt: only requests with the same one share what is computed of a common beginning
     stream_interval: tokens gathered into one chunk
     timeout: seconds until the caller's deadline; None waits for ever
     """
@@ -55,6 +64,8 @@ class GenerationRequest:
     stopping: Stopping = field(default_factory=Stopping)
     stream_interval: int = 1
     routing_key: str = ""
+    priority: int = 0
+    cache_salt: str = ""
     timeout: float | None = None
 
 
@@ -205,7 +216,16 @@ class Serving:
         sampling = check_sampling(request.sampling, self.model.vocab_size)
         eos = frozenset() if request.stopping.ignore_eos else self.tokenizer.eos_token_ids
         stopping = check_stopping(request.stopping, room, eos, self.model.vocab_size)
-        return AddRequest(request_id, ids, sampling, stopping, adapter, request.timeout)
+        return AddRequest(
+            request_id,
+            ids,
+            sampling,
+            stopping,
+            adapter,
+            request.timeout,
+            check_priority(request.priority),
+            request.cache_salt,
+        )
 
     def _finished(
         self,
@@ -248,6 +268,8 @@ class Serving:
 def _as_typed(error: Exception) -> MultiloraError:
     if isinstance(error, MultiloraError):
         return error
+    if isinstance(error, QueueFullError):
+        return ResourceExhausted("QUEUE_FULL", str(error), retry_after=error.retry_after, waiting=error.waiting)
     if isinstance(error, DeadlinePassedError):
         return DeadlineExceeded("DEADLINE_EXCEEDED", "the deadline passed before the answer was complete")
     log.error("a request failed", exc_info=error)

@@ -69,3 +69,24 @@ def test_status_shows_what_is_resident(cli: Cli, pair: Pair) -> None:
     text = cli("status").stdout
     assert f"{ADAPTER}@1" in text
     assert "0 running, 0 waiting" in text
+
+
+def test_an_adapter_is_loaded_pinned_and_unloaded(cli: Cli) -> None:
+    def said(*arguments: str) -> str:
+        done = cli("adapters", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert said("load", "pirate") == f"{ADAPTER}@1 is loaded (GPU)"
+    assert said("pin", "pirate@1") == f"{ADAPTER}@1 is pinned"
+    (adapter,) = json.loads(cli("status", "--json").stdout)["adapters"]
+    assert (adapter["state"], adapter["pinned"]) == ("GPU", True)
+    assert said("unpin", "pirate") == "pirate is unpinned"
+    assert said("unload", "pirate", "--drain-timeout", "5") == "pirate is unloaded; 0 requests were cancelled"
+    again = cli("adapters", "unload", "pirate")
+    assert (again.returncode, "[ADAPTER_NOT_FOUND]" in again.stderr) == (
+        cli("adapters", "load", "nobody").returncode,
+        True,
+    )
+    assert "--adapter-root" in cli("adapters", "load", "pirate", "--path", "x").stderr
+    said("load", "pirate")

@@ -23,7 +23,7 @@ class StoreProxy(store_pb2_grpc.AdapterStoreServiceServicer):
     gate: while it is clear, a pull stops after its first piece
     began: one permit for each pull that has sent that piece
     spoil: what becomes of the pieces after it, for one pull each
-    pulls: by pack digest
+    pulls: by pack digest; offsets: where they began
     """
 
     def __init__(self, store: StoreProcess) -> None:
@@ -35,6 +35,7 @@ class StoreProxy(store_pb2_grpc.AdapterStoreServiceServicer):
         self.began = threading.Semaphore(0)
         self.spoil: list[Callable[[bytes], bytes]] = []
         self.pulls: Counter[str] = Counter()
+        self.offsets: list[int] = []
 
     def GetBaseModel(
         self, request: store_pb2.GetBaseModelRequest, context: grpc.ServicerContext
@@ -56,6 +57,7 @@ class StoreProxy(store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: store_pb2.PullAdapterRequest, context: grpc.ServicerContext
     ) -> Iterator[store_pb2.PullAdapterResponse]:
         self.pulls[request.digest] += 1
+        self.offsets.append(request.offset)
         gate = self.gate
         spoil = self.spoil.pop(0) if self.spoil else bytes
         try:

@@ -149,7 +149,7 @@ CASES: dict[str, Case] = {
     ),
     "two answers": not_yet("sampling.n above 1", sampling={"n": 2}),
     "prompt_logprobs": not_yet("output.prompt_logprobs", **output(prompt_logprobs=1)),
-    "priority": not_yet("priority", priority=3),
+    "a priority out of range": Case(InvalidArgument, "INVALID_PARAMETER", "priority", {"priority": 101}, says=("100",)),
 }
 
 

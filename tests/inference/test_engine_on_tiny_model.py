@@ -94,9 +94,12 @@ def filled_store(
         yield process
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["compiled", "torch"])
 def serving(
-    tiny_model: Path, filled_store: StoreProcess, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    filled_store: StoreProcess,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., contextlib.AbstractContextManager[InferenceServer]]:
     data_dir = tmp_path_factory.mktemp("replica")
 
@@ -105,6 +108,7 @@ def serving(
             "http_port": None,
             "max_model_len": MAX_MODEL_LEN,
             "threads": 1,
+            "cpu_backend": request.param,
             "served_model_name": TINY_BASE,
             "adapter_store": filled_store.address,
         }

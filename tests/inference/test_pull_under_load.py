@@ -152,30 +152,78 @@ def break_off(_: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kind"),
-    [
-        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), DataLoss),
-        (lambda data: data[:-1], DataLoss),
-        (lambda data: data + b"\0", DataLoss),
-        (lambda _: b"", DataLoss),
-        (break_off, Unavailable),
-    ],
-    ids=["flipped", "short", "long", "cut", "broken"],
+    "spoil",
+    [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data + b"\0"],
+    ids=["flipped", "long"],
 )
-def test_a_spoilt_pull_fails_its_request_alone(
-    server: InferenceServer, proxy: StoreProxy, spoil: Any, kind: type[Exception], caplog: pytest.LogCaptureFixture
+def test_a_spoilt_pull_fails_its_adapter_alone(
+    server: InferenceServer, proxy: StoreProxy, spoil: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     generate(server.address, asked("one"))
     proxy.spoil = [spoil]
     with caplog.at_level(logging.CRITICAL):
-        error = failure(server.address, asked("two"))
-    assert type(error) is kind
+        errors = [failure(server.address, asked("two")) for _ in range(3)]
+    assert all(isinstance(error, DataLoss) and error.retry_after for error in errors)
+    assert (resident(server, "two").state, proxy.spoil) == ("FAILED", []), "asked once, and then left alone"
     assert resident(server, "two").error
-    assert len(generate(server.address, asked("one")).token_ids) == 8
-    assert len(generate(server.address, asked("")).token_ids) == 8
-    answer = generate(server.address, asked("two"))
-    assert (answer.started.tier, len(answer.token_ids)) == (STORE, 8), "nothing of the spoilt pull was kept"
+    assert sum(proxy.pulls.values()) == 2
+    for adapter in ("one", "", "three"):
+        assert len(generate(server.address, asked(adapter)).token_ids) == 8
+
+
+@pytest.mark.parametrize(
+    ("spoil", "offset"),
+    [(lambda data: data[:-1], -1), (lambda _: b"", 4096), (break_off, 4096)],
+    ids=["short", "cut", "broken"],
+)
+def test_a_broken_pull_goes_on_where_it_broke(
+    server: InferenceServer, proxy: StoreProxy, spoil: Any, offset: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.spoil = [spoil]
+    with caplog.at_level(logging.CRITICAL):
+        answer = generate(server.address, asked("two"))
+    assert (answer.started.tier, len(answer.token_ids)) == (STORE, 8)
+    size = resident(server, "two").adapter.pack_size
+    assert proxy.offsets == [0, offset % size]
     assert not resident(server, "two").error
+
+
+def test_a_store_that_dies_during_a_pull(tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What waits for the adapter fails with the store's absence and a time; what is here serves on."""
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(run_store(tmp_path / "store"))
+        register_all(store, tiny_model, tmp_path)
+        between = stack.enter_context(run_proxy(store))
+        server = stack.enter_context(serving(tiny_model, between.address, tmp_path / "replica"))
+        generate(server.address, asked("one"))
+        caplog.set_level(logging.CRITICAL)
+        between.spoil = [break_off]
+        with ThreadPoolExecutor(1) as pool, between.holding() as begun:
+            waiting = pool.submit(failure, server.address, asked("two"))
+            begun()
+            store.process.kill()
+            store.process.wait()
+            between.gate.set()
+            error = waiting.result(timeout=60)
+        assert isinstance(error, Unavailable) and error.retry_after
+        assert resident(server, "two").state == "FAILED"
+        assert generate(server.address, asked("one")).started.tier == GPU
+
+
+def test_a_file_damaged_on_disk_is_pulled_again(
+    tiny_model: Path, proxy: StoreProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tiny_model, proxy.address, tmp_path) as server:
+        expected = generate(server.address, asked("one")).token_ids
+    (file,) = (tmp_path / "adapters").iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    caplog.set_level(logging.CRITICAL)
+    with serving(tiny_model, proxy.address, tmp_path) as server:
+        answer = generate(server.address, asked("one"))
+        assert (answer.started.tier, answer.token_ids) == (DISK, expected)
+        taken = server.stats().adapter_transitions
+        assert [taken[ends] for ends in (("DISK", "STORE"), ("STORE", "PULLING"), ("PULLING", "DISK"))] == [1, 1, 1]
+    assert max(proxy.pulls.values()) == 2
 
 
 def test_the_store_away_and_back(tiny_model: Path, tmp_path: Path) -> None:

@@ -114,8 +114,6 @@ def test_prompts_as_text_ids_and_messages_agree(pair: Pair, stub: inference_pb2_
     [
         ({"sampling": {"n": 2}}, "sampling.n above 1"),
         ({"output": inference_pb2.OutputParams(prompt_logprobs=0)}, "output.prompt_logprobs"),
-        ({"priority": 1}, "priority"),
-        ({"priority": -1}, "priority"),
     ],
 )
 def test_what_is_not_served_yet_is_refused_by_name(pair: Pair, fields: dict[str, Any], name: str) -> None:
@@ -125,7 +123,7 @@ def test_what_is_not_served_yet_is_refused_by_name(pair: Pair, fields: dict[str,
 
 
 def test_defaults_said_aloud_and_a_cache_salt_are_taken(pair: Pair) -> None:
-    message = request("x", max_tokens=1, sampling={"n": 1}, priority=0, cache_salt="mine", routing_key="key")
+    message = request("x", max_tokens=1, sampling={"n": 1}, priority=-3, cache_salt="mine", routing_key="key")
     assert len(generate(pair.server.address, message).token_ids) == 1
 
 
@@ -235,13 +233,6 @@ def test_the_control_service_tells_the_engines_truth(
     assert adapter.identity.base_model == TINY_BASE
     assert (adapter.tier, adapter.references, adapter.rank) == (common_pb2.TIER_GPU, 0, 8)
     assert adapter.requests >= 2
-
-
-@pytest.mark.parametrize("name", ["LoadAdapter", "UnloadAdapter", "PinAdapter", "UnpinAdapter"])
-def test_calls_that_are_not_served_yet(control: control_pb2_grpc.AdapterControlServiceStub, name: str) -> None:
-    error = raised(getattr(control, name), getattr(control_pb2, f"{name}Request")(adapter="pirate"))
-    assert isinstance(error, Unimplemented)
-    assert name in error.message
 
 
 def test_health_can_be_asked_and_watched(channel: grpc.Channel) -> None:

@@ -109,6 +109,10 @@ def test_base_model_alone_needs_no_store(tiny_model: Path, tmp_path: Path) -> No
     ("flags", "says"),
     [
         (("--max-loras", "8", "--max-cpu-loras", "4"), "--max-cpu-loras (4) is below --max-loras (8)"),
+        (("--max-loras", "8", "--max-resident-loras", "4"), "--max-resident-loras (4) is below --max-loras (8)"),
+        (("--max-resident-loras", "64"), "--max-cpu-loras (32) is below --max-resident-loras (64)"),
+        (("--adapter-idle-ttl", "-1"), "--adapter-idle-ttl is -1.0"),
+        (("--adapter-root", "/no/such/place"), "--adapter-root: /no/such/place is no directory"),
         (("--max-lora-rank", "513"), "--max-lora-rank is 513; at most 512"),
         (("--kv-cache-memory-bytes", "4096"), "raise --kv-cache-memory-bytes"),
         (("--max-model-len", "999999"), "--max-model-len is 999999; this model goes to"),

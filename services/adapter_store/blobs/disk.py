@@ -7,8 +7,9 @@
     <root>/log/                        what names mean (log/interface.py)
     <root>/index.sqlite3               the same, fast (index/sqlite.py), with its -wal and -shm
 
-Commit order: write under tmp/ → fsync → verify → link to the final name, or renew the mtime of what has it →
-fsync its directory → remove the name in tmp/. A reader sees a whole blob or none, and a crash leaves only tmp/ behind.
+Commit order: write under tmp/, synced behind the writer's back as it grows → fsync → verify → link to the final name,
+or renew the mtime of what has it → fsync its directory → remove the name in tmp/. A reader sees a whole blob or none,
+and a crash leaves only tmp/ behind.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,6 +33,9 @@ from services.adapter_store.steps import commit_step
 from services.common.errors import DataLoss, NotFound
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# As much is written before the disk is set to work: a commit then has little left to wait for.
+_SYNC_BYTES = 8 << 20
+_SYNC_THREADS = 2
 
 
 class PartialBlob:
@@ -41,6 +46,8 @@ class PartialBlob:
         self.size = 0
         self._blobs = blobs
         self._hash = hashlib.sha256()
+        self._syncing: Future[None] | None = None
+        self._sync_at = _SYNC_BYTES
         # unbuffered: a full disk shows at the write that fills it, and closing never writes
         with disk_full():
             self._file = path.open("xb", buffering=0)
@@ -66,6 +73,8 @@ class PartialBlob:
                 rest = rest[self._file.write(rest) :]
         self._hash.update(data)
         self.size += len(data)
+        if self.size >= self._sync_at:
+            self._sync_ahead()
 
     def read(self) -> bytes:
         """All that was written; for small blobs."""
@@ -81,6 +90,7 @@ class PartialBlob:
     def sync(self) -> None:
         """Bytes written so far are on the disk; a commit has little left to wait for."""
         with disk_full():
+            self._synced_ahead()
             os.fsync(self._file.fileno())
 
     def commit(self, *, keep: bool = False) -> str:
@@ -107,8 +117,24 @@ class PartialBlob:
 
     def discard(self) -> None:
         """Remove the temporary name; of a committed blob nothing is lost."""
+        if self._syncing is not None:
+            wait([self._syncing])  # its descriptor may be another file's once it is closed
         self._file.close()
         self.path.unlink(missing_ok=True)
+
+    def _sync_ahead(self) -> None:
+        """Have the disk begin with what is written, unless it is at it still."""
+        if self._syncing is not None and not self._syncing.done():
+            return
+        with disk_full():
+            self._synced_ahead()
+        self._syncing = self._blobs.sync_threads.submit(os.fdatasync, self._file.fileno())
+        self._sync_at = self.size + _SYNC_BYTES
+
+    def _synced_ahead(self) -> None:
+        """Wait for the disk. The kernel tells of bytes that it lost once: to the sync behind the writer's back."""
+        if self._syncing is not None:
+            self._syncing.result()
 
 
 class DiskBlobs:
@@ -122,8 +148,10 @@ class DiskBlobs:
         for directory in (self._tmp, self._blobs):
             make_directory(directory)
         self._lock = _share(root / "lock", self._remove_leftovers)
+        self.sync_threads = ThreadPoolExecutor(_SYNC_THREADS, "sync")
 
     def close(self) -> None:
+        self.sync_threads.shutdown()
         os.close(self._lock)
 
     def path(self, digest: str) -> Path:
@@ -189,16 +217,14 @@ class BlobReader:
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._fd, length, offset)
 
-    def read_now(self, offset: int, length: int) -> bytes | None:
+    def read_now(self, buffer: memoryview, offset: int) -> int | None:
         """What the page cache holds: a thread to wait in costs more than the bytes do."""
         if not hasattr(os, "RWF_NOWAIT"):  # Linux only
             return None
-        buffer = bytearray(min(length, max(self.size - offset, 0)))
         try:
-            count = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+            return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
         except OSError:  # not there yet, or a file system that cannot tell
             return None
-        return bytes(memoryview(buffer)[:count])
 
     def close(self) -> None:
         os.close(self._fd)

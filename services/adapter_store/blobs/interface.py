@@ -62,8 +62,8 @@ class BlobReader(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes from `offset`: fewer only at the end, none beyond it. Raises NotFound, Unavailable."""
 
-    def read_now(self, offset: int, length: int) -> bytes | None:
-        """As `read`, if that takes no waiting; None when it may."""
+    def read_now(self, buffer: memoryview, offset: int) -> int | None:
+        """As `read`, into `buffer`, if that takes no waiting: how many bytes it read; None when it may."""
 
     def close(self) -> None: ...
 

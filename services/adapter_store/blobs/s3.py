@@ -44,6 +44,9 @@ class S3PartialBlob(PartialBlob):
     def sync(self) -> None:
         """Nothing: what is staged is read once more, and may be lost with the machine."""
 
+    def _sync_ahead(self) -> None:
+        """Nothing, as well."""
+
     def commit(self, *, keep: bool = False) -> str:
         digest = self.digest
         on_disk = self.path.stat().st_size

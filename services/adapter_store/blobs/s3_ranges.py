@@ -149,7 +149,7 @@ class S3Reader:
             offset += end - begin
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def read_now(self, offset: int, length: int) -> bytes | None:  # noqa: ARG002
+    def read_now(self, buffer: memoryview, offset: int) -> int | None:  # noqa: ARG002
         """None: a range is waited for, or at least looked up under locks."""
         return None
 

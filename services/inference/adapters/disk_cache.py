@@ -2,7 +2,7 @@
 restarts.
 
     <root>/<hex of the pack digest>     complete and verified when it was written
-    <root>/tmp-…                        a pull under way; removed at start
+    <root>/tmp-<hex>                    a pull under way, or broken and to be gone on with; removed at start
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import logging
 import os
 import threading
 from collections.abc import Iterable
+from io import RawIOBase
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from services.common.errors import DataLoss
 
@@ -59,20 +59,31 @@ class DiskCache:
                 self._sizes[name] = self._sizes.pop(name)
         return data
 
+    def kept(self, pack_digest: str) -> int:
+        """Bytes of a broken pull that are kept here: where the next one goes on."""
+        try:
+            return self._partial(pack_digest).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def write(self, pack_digest: str, pieces: Iterable[bytes]) -> bytearray:
-        """Store the pieces as they come; return them as one. Raises DataLoss when they are not what was asked for."""
-        name, data = _name(pack_digest), bytearray()
-        with NamedTemporaryFile(dir=self._root, prefix=_TEMPORARY, delete=False) as file:
-            temporary = Path(file.name)
+        """Store the pieces as they come, after those that are `kept`; return them all as one.
+
+        When the pieces break off, what came is kept. Raises DataLoss, and keeps nothing, when they are not what was
+        asked for. One writer at a time for a digest.
+        """
+        name, partial = _name(pack_digest), self._partial(pack_digest)
+        data = bytearray(partial.read_bytes() if partial.exists() else b"")
+        with partial.open("ab", buffering=0) as file:
             try:
                 for piece in pieces:
-                    file.write(piece)
+                    _write_all(file, piece)
                     data += piece
                 if (found := _digest(data)) != pack_digest:
                     raise DataLoss("DIGEST_MISMATCH", f"pulled {pack_digest}, but got bytes of {found}; pull again")
-                temporary.rename(self._root / name)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
+                partial.rename(self._root / name)
+            except (DataLoss, OSError):
+                partial.unlink(missing_ok=True)
                 raise
         with self._lock:
             self._sizes[name] = len(data)
@@ -80,8 +91,12 @@ class DiskCache:
         return data
 
     def drop(self, pack_digest: str) -> None:
-        """Remove it. A worker that reads it now reads on."""
+        """Remove it, and what is kept of a broken pull. A worker that reads it now reads on."""
         self._remove(_name(pack_digest))
+        self._partial(pack_digest).unlink(missing_ok=True)
+
+    def _partial(self, pack_digest: str) -> Path:
+        return self._root / f"{_TEMPORARY}{_name(pack_digest)}"
 
     def _make_room(self, keep: str = "") -> None:
         while True:
@@ -99,6 +114,13 @@ class DiskCache:
 
 def _name(pack_digest: str) -> str:
     return pack_digest.removeprefix("sha256:")
+
+
+def _write_all(file: RawIOBase, piece: bytes) -> None:
+    """Write a piece to an unbuffered file: what is kept is on disk, whatever comes after."""
+    view = memoryview(piece)
+    while view:
+        view = view[file.write(view) or 0 :]
 
 
 def _digest(data: bytearray) -> str:

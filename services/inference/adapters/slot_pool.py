@@ -1,7 +1,8 @@
 """The slot pool: memory for adapters' weights, set aside at start, in pages of 16 rank rows.
 
 Per layer and linear group the pool holds `max_loras` times the pages of `max_lora_rank`. Pages are given out per
-linear (q, k, v, …), the same ones in every layer, so an adapter takes what its ranks need and never the maximum.
+linear (q, k, v, …), the same ones in every layer, so an adapter takes what its ranks need and never the maximum; with
+more slots than `max_loras`, as many adapters are resident as their pages allow.
 """
 
 from __future__ import annotations
@@ -37,12 +38,19 @@ class SlotPool:
 
     weights: weights[layer][group], fixed in memory for the pool's life
     tables: the page table of each group
+    num_slots: most adapters resident; `max_loras` unless `max_resident` says more
     """
 
     def __init__(
-        self, shapes: Mapping[str, GroupShape], num_layers: int, max_loras: int, max_lora_rank: int, dtype: torch.dtype
+        self,
+        shapes: Mapping[str, GroupShape],
+        num_layers: int,
+        max_loras: int,
+        max_lora_rank: int,
+        dtype: torch.dtype,
+        max_resident: int = 0,
     ) -> None:
-        self.max_loras = max_loras
+        self.num_slots = max_resident or max_loras
         self.max_lora_rank = max_lora_rank
         self.dtype = dtype
         pages_per_slot = pages_for(max_lora_rank)
@@ -52,9 +60,9 @@ class SlotPool:
             {group: self._weights(group, shape) for group, shape in shapes.items()} for _ in range(num_layers)
         ]
         self._free_pages = {linear: list(range(self._num_pages)) for group in shapes for linear in LINEAR_GROUPS[group]}
-        self._free_slots = list(range(max_loras))
+        self._free_slots = list(range(self.num_slots))
         self._slots: dict[str, Slot] = {}
-        self._generations = [0] * max_loras
+        self._generations = [0] * self.num_slots
 
     def get(self, digest: str) -> Slot | None:
         return self._slots.get(digest)
@@ -77,7 +85,10 @@ class SlotPool:
         )
 
     def load(self, adapter: PackedAdapter) -> Slot:
-        """Copy an adapter into a free slot; ask `can_load` first. Rows past its rank in a layer are zeroed."""
+        """Copy an adapter into a free slot; ask `can_load` first. Rows past its rank in a layer are zeroed.
+
+        When the copy fails its slot and pages are free again, and the fault is raised.
+        """
         assert self.can_load(adapter), "no room in the pool"
         slot = Slot(self._free_slots.pop(0), adapter.digest)
         for linear, count in _pages_needed(adapter).items():
@@ -86,12 +97,12 @@ class SlotPool:
             del free[:count]
         self._slots[slot.digest] = slot
         self._generations[slot.index] += 1
-        self._set_table(slot)
-        for layer, groups in enumerate(self.weights):
-            for group, weights in groups.items():
-                for index, linear in enumerate(LINEAR_GROUPS[group]):
-                    if linear in slot.pages:
-                        self._write(weights, index, slot, adapter, layer, linear)
+        try:
+            self._set_table(slot)
+            self._copy(slot, adapter)
+        except BaseException:
+            self.evict(slot.digest)
+            raise
         return slot
 
     def evict(self, digest: str) -> None:
@@ -106,6 +117,13 @@ class SlotPool:
             for weights in groups.values():
                 weights.ranks[:, slot.index] = 0
         self._free_slots.append(slot.index)
+
+    def _copy(self, slot: Slot, adapter: PackedAdapter) -> None:
+        for layer, groups in enumerate(self.weights):
+            for group, weights in groups.items():
+                for index, linear in enumerate(LINEAR_GROUPS[group]):
+                    if linear in slot.pages:
+                        self._write(weights, index, slot, adapter, layer, linear)
 
     def _write(
         self, weights: LoraWeights, index: int, slot: Slot, adapter: PackedAdapter, layer: int, linear: str
@@ -131,8 +149,8 @@ class SlotPool:
 
     def _table(self, slices: int, pages_per_slot: int) -> PageTable:
         return PageTable(
-            table=torch.zeros((slices, self.max_loras, pages_per_slot), dtype=torch.int32),
-            pages=[[() for _ in range(self.max_loras)] for _ in range(slices)],
+            table=torch.zeros((slices, self.num_slots, pages_per_slot), dtype=torch.int32),
+            pages=[[() for _ in range(self.num_slots)] for _ in range(slices)],
             rows_per_slice=self._num_pages * PAGE_ROWS,
         )
 
@@ -142,15 +160,15 @@ class SlotPool:
             group=group,
             a=reserve((slices, rows, shape.in_features), self.dtype),
             b=tuple(reserve((rows, out), self.dtype) for out in shape.out_features),
-            ranks=torch.zeros((slices, self.max_loras), dtype=torch.int32),
-            scales=torch.zeros((slices, self.max_loras), dtype=torch.float32),
+            ranks=torch.zeros((slices, self.num_slots), dtype=torch.int32),
+            scales=torch.zeros((slices, self.num_slots), dtype=torch.float32),
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots and pages are each free or taken once, and the tables say the same."""
         taken = {slot.index for slot in self._slots.values()}
-        assert len(taken) == len(self._slots) <= self.max_loras
-        assert sorted([*taken, *self._free_slots]) == list(range(self.max_loras)), "a slot is lost or taken twice"
+        assert len(taken) == len(self._slots) <= self.num_slots
+        assert sorted([*taken, *self._free_slots]) == list(range(self.num_slots)), "a slot is lost or taken twice"
         for linear, free in self._free_pages.items():
             held = [page for slot in self._slots.values() for page in slot.pages.get(linear, ())]
             assert sorted([*free, *held]) == list(range(self._num_pages)), f"a page of {linear} is lost or taken twice"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator
 
 import grpc
 import grpc.aio
 
-from multilora.adapter_store.v1 import store_pb2, store_pb2_grpc
+from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
 from multilora.common.v1 import common_pb2
 from services.common.errors import (
     DeadlineExceeded,
@@ -20,11 +21,13 @@ from services.common.errors import (
 from services.common.profile import BaseModelProfile, Shape
 from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
 from services.common.split import Target
+from services.inference.adapter_paths import AdapterFiles
 from services.inference.engine.request import AdapterVersion
 from services.inference.name_watch import Message, News
 from services.inference.resolver import Meaning
 
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+CHUNK_BYTES = 1 << 20
 RESOLVE_TIMEOUT = 5.0
 """Seconds a resolve may take before the store counts as away."""
 SLOWEST_PULL = 1e6
@@ -72,6 +75,16 @@ class NameClient:
             fingerprint=profile.fingerprint,
         )
 
+    async def register(self, name: str, files: AdapterFiles, *, promote: bool) -> int:
+        """Register the files as the adapter's next version; its number. Raises what the store raised."""
+        header = admin_pb2.RegisterVersionHeader(adapter=name, base_model=self._base_model, promote=promote)
+        stub = admin_pb2_grpc.AdapterAdminServiceStub(self._channel)
+        try:
+            answer = await stub.RegisterVersion(_upload(header, files))
+        except grpc.aio.AioRpcError as error:
+            raise _store_error(error, self._address) from None
+        return int(answer.version.identity.version)
+
     async def watch(self, after_revision: int, epoch: str) -> AsyncGenerator[Message, None]:
         """Messages of the store's watch until it breaks. Raises what the store raised, or Unavailable."""
         request = store_pb2.WatchAdaptersRequest(after_revision=after_revision, epoch=epoch)
@@ -105,6 +118,15 @@ class PullClient:
     def close(self) -> None:
         """Cancels what is being pulled, too."""
         self._channel.close()
+
+
+async def _upload(
+    header: admin_pb2.RegisterVersionHeader, files: AdapterFiles
+) -> AsyncGenerator[admin_pb2.RegisterVersionRequest, None]:
+    yield admin_pb2.RegisterVersionRequest(header=header)
+    for name, file in files.items():
+        while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield admin_pb2.RegisterVersionRequest(chunk=admin_pb2.FileChunk(file=name, data=data))
 
 
 def _version(identity: common_pb2.AdapterIdentity) -> AdapterVersion:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
+from services.inference.engine.adapter_control import AdapterControl
 from services.inference.engine.interfaces import Adapters, Runner, SampledToken, ScheduledRequest
 from services.inference.engine.messages import (
     AddRequest,
@@ -21,6 +22,9 @@ from services.inference.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
+MAX_RETRY_AFTER = 60.0
+"""Seconds."""
+
 StepLog = Callable[[list[ScheduledRequest]], None]
 
 
@@ -28,11 +32,24 @@ class DeadlinePassedError(TimeoutError):
     """A request's deadline passed before its answer was complete."""
 
 
+class QueueFullError(RuntimeError):
+    """As many requests wait as may. retry_after: seconds, about what the last one that was let in had waited."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(waiting, retry_after)
+        self.waiting = waiting
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.waiting} requests wait already; try again in {self.retry_after:.0f} s, or ask another replica"
+
+
 class Engine:
     """Owns the requests from arrival to their last token.
 
     clock: monotonic seconds
     step_log: called with every step before it runs, for tests and traces
+    moved: whether the last step had anything to run
     """
 
     def __init__(
@@ -50,10 +67,14 @@ class Engine:
         self._step_log = step_log
         self._requests: dict[str, Request] = {}
         self._outputs: list[EngineOutput] = []
+        self.control = AdapterControl(adapters, clock, self._requests_of, self._give_up, self._tell)
         self._steps = 0
         self._max_adapters_in_step = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._refusals = 0
+        self._last_wait = 0.0
+        self.moved = False
 
     @property
     def has_requests(self) -> bool:
@@ -62,6 +83,9 @@ class Engine:
     def add(self, add: AddRequest) -> None:
         """Take a request in; its adapter starts on its way to memory if it is not there."""
         now = self._clock()
+        if not self.scheduler.queues.accepts("" if add.adapter is None else add.adapter.digest):
+            self._refuse(add)
+            return
         request = Request(
             add.request_id,
             add.prompt_token_ids,
@@ -70,11 +94,19 @@ class Engine:
             add.adapter,
             deadline=None if add.timeout is None else now + add.timeout,
             arrival_time=now,
+            priority=add.priority,
+            cache_salt=add.cache_salt,
         )
         if add.adapter is not None:
             request.arrival_tier = self.adapters.tier(add.adapter)
         self._requests[request.request_id] = request
         self.scheduler.add(request)
+
+    def _refuse(self, add: AddRequest) -> None:
+        retry_after = min(MAX_RETRY_AFTER, max(1.0, self._last_wait))
+        error = QueueFullError(self.scheduler.queues.num_waiting, retry_after)
+        self._outputs.append(RequestOutput(add.request_id, finished=RequestFinished("ERROR", error=error)))
+        self._refusals += 1
 
     def abort(self, request_id: str) -> None:
         """End a request; whatever it holds is free for the next step. Unknown ids are ignored."""
@@ -84,12 +116,16 @@ class Engine:
     def step(self) -> list[EngineOutput]:
         """Schedule, run, update. Empty-handed when nothing could run."""
         self._expire()
+        self._tend_adapters()
         self._bind_adapters()
         step = self.scheduler.schedule()
+        started = self._clock()
         if step:
             self._record(step)
             for scheduled, sampled in zip(step, self.runner.run(step), strict=True):
                 self._update(scheduled, sampled)
+        self.scheduler.end_step(step, self._clock() - started)
+        self.moved = bool(step)
         return self.take_outputs()
 
     def take_outputs(self) -> list[EngineOutput]:
@@ -98,9 +134,13 @@ class Engine:
         return outputs
 
     def next_deadline(self) -> float | None:
-        """Seconds until the next deadline of a request; None when there is none."""
+        """Seconds until something is due: a request's deadline, an adapter's; None when nothing is."""
         deadlines = [request.deadline for request in self._requests.values() if request.deadline is not None]
-        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+        deadlines += self.control.deadlines()
+        due = [max(0.0, min(deadlines) - self._clock())] if deadlines else []
+        if (adapters := self.adapters.next_deadline()) is not None:
+            due.append(adapters)
+        return min(due, default=None)
 
     def _expire(self) -> None:
         now = self._clock()
@@ -108,23 +148,37 @@ class Engine:
             if request.deadline is not None and request.deadline <= now:
                 self._give_up(request, DeadlinePassedError("the deadline passed"))
 
-    def _bind_adapters(self) -> None:
-        """Claim adapters for those who wait for one, and let go those whose adapter has come, or never will."""
+    def _tend_adapters(self) -> None:
+        """Take in what became of adapters; end the requests of those that cannot be had, and go on with commands."""
         self.adapters.poll()
-        for request in list(self.scheduler.waiting):
-            if request.status is not RequestStatus.WAITING_FOR_ADAPTER:
-                continue
+        for request in list(self._requests.values()):
+            if request.adapter is not None and (failure := self.adapters.failure(request.adapter)) is not None:
+                self._give_up(request, failure)
+        self.control.advance()
+
+    def _requests_of(self, name: str, version: int | None) -> list[Request]:
+        return [
+            request
+            for request in self._requests.values()
+            if request.adapter is not None
+            and request.adapter.name == name
+            and version in (None, request.adapter.version)
+        ]
+
+    def _tell(self, output: EngineOutput) -> None:
+        self._outputs.append(output)
+
+    def _bind_adapters(self) -> None:
+        """Claim adapters for those who wait for one, and let go those whose adapter has come."""
+        for request in list(self.scheduler.queues.arriving):
             if request.adapter is not None:
                 request.claimed = request.claimed or self.adapters.try_claim(request.adapter)
                 if not request.claimed:
                     continue
-                if (failure := self.adapters.failure(request.adapter)) is not None:
-                    self._give_up(request, failure)
-                    continue
                 if not self.adapters.is_ready(request.adapter):
                     continue
             request.adapter_ready_time = self._clock()
-            request.set_status(RequestStatus.WAITING)
+            self.scheduler.adapter_arrived(request)
 
     def _record(self, step: list[ScheduledRequest]) -> None:
         now = self._clock()
@@ -135,8 +189,11 @@ class Engine:
             request = scheduled.request
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
+                self._last_wait = now - request.arrival_time
                 self._prompt_tokens += len(request.prompt_token_ids)
-                self._outputs.append(RequestStarted(request.request_id, request.arrival_tier, cached_tokens=0))
+                self._outputs.append(
+                    RequestStarted(request.request_id, request.arrival_tier, request.num_cached_tokens)
+                )
         if self._step_log is not None:
             self._step_log(step)
 
@@ -145,7 +202,7 @@ class Engine:
         if sampled is not None and sampled.error is not None:
             self._give_up(request, sampled.error)
             return
-        request.num_computed_tokens += scheduled.num_tokens
+        self.scheduler.advance(scheduled)
         if sampled is None:
             return
         request.token_ids.append(sampled.token_id)
@@ -191,21 +248,32 @@ class Engine:
     def stats(self) -> EngineStats:
         """The engine's truth at this moment."""
         pool = self.scheduler.kv.pool
-        waiting = Counter(request.adapter.digest for request in self.scheduler.waiting if request.adapter is not None)
+        states = Counter(request.status for request in self._requests.values())
+        waiting = Counter(
+            request.adapter.digest
+            for request in self._requests.values()
+            if request.adapter is not None and not request.is_admitted
+        )
         return EngineStats(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            running=states[RequestStatus.RUNNING],
+            parked=states[RequestStatus.PARKED],
+            waiting=self.scheduler.queues.num_waiting,
+            refused=self._refusals,
             blocks=pool.num_blocks - 1,
             blocks_free=pool.num_free,
             block_size=self.scheduler.kv.block_size,
             steps=self._steps,
             preemptions=self.scheduler.preemptions,
+            parkings=self.scheduler.parkings,
+            prefix_queried_tokens=self.scheduler.kv.queried_tokens,
+            prefix_hit_tokens=self.scheduler.kv.hit_tokens,
             slot_evictions=self.adapters.evictions,
             adapter_loads=self.adapters.loads,
             max_adapters_in_step=self._max_adapters_in_step,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             adapters=tuple(self.adapters.list(waiting)),
+            adapter_transitions=dict(self.adapters.transitions),
         )
 
     def check_integrity(self) -> None:

@@ -43,15 +43,24 @@ class Runner(Protocol):
         """Compute one step; an entry per request, None for one that does not sample in it."""
 
 
-class Adapters(Protocol):
-    """Adapters on this replica. Called by the engine's thread only; nothing here waits.
-
-    A *claim* keeps an adapter's copy in host memory for a request's life; a *slot* its place in the pool while the
-    request runs.
-    """
+class Slots(Protocol):
+    """The part of `Adapters` that the scheduler asks: places in the pool, each held for a step."""
 
     def tier(self, adapter: AdapterVersion) -> str:
         """STORE, DISK, CPU or GPU."""
+
+    def acquire(self, adapter: AdapterVersion) -> int | None:
+        """The slot of a ready adapter, loaded and held; None when every slot is held for others, or the copy failed."""
+
+    def release(self, adapter: AdapterVersion) -> None: ...
+
+
+class Adapters(Slots, Protocol):
+    """Adapters on this replica. Called by the engine's thread only; nothing here waits.
+
+    A *claim* keeps an adapter's copy in host memory for a request's life; a *slot* is its place in the pool, held for
+    a step.
+    """
 
     def prefetch(self, adapter: AdapterVersion) -> None:
         """Fetch it to host memory, unless claims of others leave no room."""
@@ -68,18 +77,34 @@ class Adapters(Protocol):
         """Whether a claimed adapter is in host memory."""
 
     def failure(self, adapter: AdapterVersion) -> Exception | None:
-        """Why a claimed adapter could not be fetched."""
+        """Why the adapter cannot be had, for as long as it is left alone; None when it may be tried."""
 
-    def acquire(self, adapter: AdapterVersion) -> int | None:
-        """The slot of a ready adapter, loaded and held; None when every slot is held for others."""
+    def warm(self, adapter: AdapterVersion) -> None:
+        """Load a ready adapter, if a slot and its pages are free."""
 
-    def release(self, adapter: AdapterVersion) -> None: ...
+    def pin(self, adapter: AdapterVersion) -> None:
+        """Keep it resident as far as possible. Raises ResourceExhausted when every slot is pinned."""
+
+    def unpin(self, adapter: AdapterVersion) -> None: ...
+
+    def drain(self, name: str, version: int | None) -> None:
+        """A version, or with None every one, is used by those who have it and then given up."""
+
+    def end_drain(self, name: str, version: int | None, *, evict: bool) -> None:
+        """With `evict` give it up, wherever no request of another name holds it; else keep it after all."""
 
     def poll(self) -> None:
-        """Take in what fetches have ended."""
+        """Take in what fetches have ended, and do what is due."""
+
+    def next_deadline(self) -> float | None:
+        """Seconds until `poll` has something to do; None when only a fetch's end can bring that."""
 
     def list(self, waiting: Mapping[str, int]) -> list[ResidentAdapter]:
         """Every adapter asked for, the last one first; `waiting` counts waiting requests by digest."""
+
+    @property
+    def transitions(self) -> Mapping[tuple[str, str], int]:
+        """How often each arrow of an adapter's states was taken."""
 
     @property
     def evictions(self) -> int: ...

@@ -16,15 +16,22 @@ from services.inference.engine.messages import (
     EngineInput,
     EngineOutput,
     GetStats,
+    LoadAdapter,
     Prefetch,
     Shutdown,
     StatsReply,
+    UnloadAdapter,
+    UnpinAdapter,
 )
 
 log = logging.getLogger(__name__)
 
 MAX_SLEEP = 3600.0
 """Seconds. A caller's deadline may be centuries away, which is more than a queue can be told to wait."""
+
+
+RETRY_SLEEP = 0.001
+"""Seconds until the next step when requests are ready and none could run: a slot or a turn is about to be free."""
 
 
 class EngineLoop:
@@ -47,7 +54,7 @@ class EngineLoop:
                 if self._shutdown is not None and not (self._shutdown.drain and self.engine.has_requests):
                     break
                 outputs = self.engine.step()
-                progress = bool(self.engine.scheduler.running) or bool(outputs)
+                progress = self.engine.moved or bool(outputs)
                 if outputs:
                     self.emit(outputs)
             self._cancel_all()
@@ -60,9 +67,13 @@ class EngineLoop:
     def _receive(self, *, wait: bool) -> None:
         """Handle everything in the inbox; with `wait`, first sleep until something comes or a deadline passes."""
         if wait:
-            deadline = self.engine.next_deadline()
+            waits = [MAX_SLEEP]
+            if (deadline := self.engine.next_deadline()) is not None:
+                waits.append(deadline)
+            if self.engine.scheduler.has_work:
+                waits.append(RETRY_SLEEP)
             try:
-                self._handle(self.inbox.get(timeout=None if deadline is None else min(deadline, MAX_SLEEP)))
+                self._handle(self.inbox.get(timeout=min(waits)))
             except queue.Empty:
                 return
         while True:
@@ -84,6 +95,8 @@ class EngineLoop:
                 self.engine.adapters.prefetch(adapter)
             case DropVersion(name, version):
                 self.engine.adapters.drop(name, version)
+            case LoadAdapter() | UnpinAdapter() | UnloadAdapter():
+                self.engine.control.handle(message)
             case AdaptersChanged():
                 pass  # being awake is all it asks; the next step polls
             case Shutdown():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.inference.engine.request import AdapterVersion, SamplingParams, StoppingParams
 
@@ -11,7 +13,8 @@ from services.inference.engine.request import AdapterVersion, SamplingParams, St
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """Generate. `timeout` is seconds from now until the caller's deadline, if it has one."""
+    """Generate. timeout: seconds from now until the caller's deadline, if it has one; priority: higher is sooner;
+    cache_salt: only requests with the same one share what is computed of a common beginning."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -19,6 +22,8 @@ class AddRequest:
     stopping: StoppingParams
     adapter: AdapterVersion | None = None
     timeout: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +61,52 @@ class DropVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Bring a version here and, with `pin`, keep it. Answered by an `AdapterReply` once it is here, or has failed."""
+
+    reply_id: int
+    adapter: AdapterVersion
+    pin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinAdapter:
+    """Let a pinned version be evicted again; answered by an `AdapterReply`."""
+
+    reply_id: int
+    adapter: AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """Let the running requests of an adapter finish, then evict it; answered by an `AdapterReply`.
+
+    version: None unloads every version
+    timeout: seconds until its requests are cancelled; None waits for all of them
+    """
+
+    reply_id: int
+    name: str
+    version: int | None
+    timeout: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """End the loop. With `drain`, first finish every request the engine has."""
 
     drain: bool
 
 
-EngineInput = AddRequest | AbortRequest | GetStats | AdaptersChanged | Prefetch | DropVersion | Shutdown
+AdapterCommand = LoadAdapter | UnpinAdapter | UnloadAdapter
+EngineInput = (
+    AddRequest | AbortRequest | GetStats | AdaptersChanged | Prefetch | DropVersion | AdapterCommand | Shutdown
+)
 
 # ---- engine → face
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):
     """Log-probabilities at one position: of the chosen token, and of the likeliest ones, likeliest first."""
 
     chosen: float
@@ -109,9 +147,11 @@ class RequestFinished:
     error: Exception | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What one step brought one request. `times` comes with the first token."""
+class RequestOutput(NamedTuple):
+    """What a step brought a request, or several steps did. `times` comes with the first token.
+
+    A tuple, as there is one for each token: pickled there and back in a tenth of the time.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
@@ -122,7 +162,10 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class ResidentAdapter:
-    """An adapter as the engine sees it. tier: STORE, DISK, CPU or GPU; slot: None unless GPU."""
+    """An adapter as the engine sees it. tier: STORE, DISK, CPU or GPU; slot: None unless GPU.
+
+    state: the name of its `AdapterState`
+    """
 
     adapter: AdapterVersion
     tier: str
@@ -134,25 +177,39 @@ class ResidentAdapter:
     rank: int
     cpu_bytes: int
     error: str
+    state: str
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """The engine's truth at one moment. Counters count from the start."""
+    """The engine's truth at one moment. Counters count from the start.
+
+    running, parked: requests with KV blocks that take part in steps, and whose adapter's turn it is not
+    waiting: requests without blocks; refused: those that found the queue full
+    prefix_queried_tokens, prefix_hit_tokens: prompt tokens looked for in the prefix cache, and found
+    adapter_transitions: how often adapters went from one `AdapterState` to another, by their names
+    """
 
     running: int
+    parked: int
     waiting: int
+    refused: int
     blocks: int
     blocks_free: int
     block_size: int
     steps: int
     preemptions: int
+    parkings: int
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
     slot_evictions: int
     adapter_loads: int
     max_adapters_in_step: int
     prompt_tokens: int
     generation_tokens: int
     adapters: tuple[ResidentAdapter, ...]
+    adapter_transitions: Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +219,20 @@ class StatsReply:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterReply:
+    """How an adapter command ended. tier: where a loaded adapter is; cancelled: requests that an unload cut off."""
+
+    reply_id: int
+    tier: str = ""
+    cancelled: int = 0
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineDied:
     """The engine ended by a fault of its own; every request it had is lost."""
 
     error: str
 
 
-EngineOutput = RequestStarted | RequestOutput | StatsReply | EngineDied
+EngineOutput = RequestStarted | RequestOutput | StatsReply | AdapterReply | EngineDied

@@ -1,8 +1,11 @@
 """A request inside the engine, and the one function that moves it between states.
 
-WAITING_FOR_ADAPTER ──adapter in memory──▸ WAITING ──blocks, slot──▸ RUNNING ──▸ FINISHED_*
-                                              ▲                       │
-                                              └──── PREEMPTED ◂───────┘ KV cache full: computed again later
+                                                                    ┌── turn, seat ──▸ PARKED ──┐ another's turn:
+                                                                    │                           │ blocks kept
+WAITING_FOR_ADAPTER ──adapter in memory──▸ WAITING ──blocks──▸ RUNNING ◂────────────────────────┘
+                                                                 ▲  │ └──▸ FINISHED_*
+                                                                 │  ▼
+                                            computed again ── PREEMPTED (or from PARKED): KV cache full, blocks lost
 and from anywhere to FINISHED_CANCELLED and FINISHED_ERROR
 """
 
@@ -13,6 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+DEFAULT_TENANT = "default"
+
+PRIORITY_SECONDS = 1.0
+"""What a step of priority is worth: as if the request had come so much earlier. So it orders, and starves nobody."""
+
 log = logging.getLogger(__name__)
 
 
@@ -22,11 +30,12 @@ class RequestStatus(IntEnum):
     WAITING_FOR_ADAPTER = 0
     WAITING = 1
     RUNNING = 2
-    PREEMPTED = 3
-    FINISHED_STOPPED = 4
-    FINISHED_LENGTH = 5
-    FINISHED_CANCELLED = 6
-    FINISHED_ERROR = 7
+    PARKED = 3
+    PREEMPTED = 4
+    FINISHED_STOPPED = 5
+    FINISHED_LENGTH = 6
+    FINISHED_CANCELLED = 7
+    FINISHED_ERROR = 8
 
     @property
     def finished(self) -> bool:
@@ -38,11 +47,13 @@ _ALLOWED: Mapping[RequestStatus, set[RequestStatus]] = {
     RequestStatus.WAITING_FOR_ADAPTER: {RequestStatus.WAITING, *_ENDS},
     RequestStatus.WAITING: {RequestStatus.RUNNING, *_ENDS},
     RequestStatus.RUNNING: {
+        RequestStatus.PARKED,
         RequestStatus.PREEMPTED,
         RequestStatus.FINISHED_STOPPED,
         RequestStatus.FINISHED_LENGTH,
         *_ENDS,
     },
+    RequestStatus.PARKED: {RequestStatus.RUNNING, RequestStatus.PREEMPTED, *_ENDS},
     RequestStatus.PREEMPTED: {RequestStatus.RUNNING, *_ENDS},
 }
 
@@ -87,8 +98,13 @@ class AdapterVersion:
 class Request:
     """One sequence being generated.
 
+    sequence: place in the order of arrival, given by `RequestQueues`
+    priority: each step up counts as having come `PRIORITY_SECONDS` earlier
+    cache_salt: only requests with the same one share cached prefixes
     token_ids: prompt and output; the first `num_computed_tokens` have their keys and values in the blocks
-    slot: where its adapter lies in the pool while the request holds it; None for the base model, or while it waits
+    num_cached_tokens: of the prompt, what another request had computed
+    prefixes, num_remembered_blocks: see `KVCacheManager`
+    waiting_steps: steps since it could have run but for blocks
     arrival_tier: where its adapter was when it came; '' for the base model
     claimed: whether it keeps its adapter in host memory
     deadline, the times: seconds of the engine's clock
@@ -101,12 +117,18 @@ class Request:
     adapter: AdapterVersion | None = None
     deadline: float | None = None
     arrival_time: float = 0.0
+    priority: int = 0
+    cache_salt: str = ""
+    sequence: int = 0
 
     status: RequestStatus = RequestStatus.WAITING_FOR_ADAPTER
     token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
-    slot: int | None = None
+    num_cached_tokens: int = 0
+    prefixes: list[bytes] = field(default_factory=list)
+    num_remembered_blocks: int = 0
+    waiting_steps: int = 0
     arrival_tier: str = ""
     claimed: bool = False
     adapter_ready_time: float = 0.0
@@ -115,6 +137,27 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Who comes first among the requests for one adapter, and keeps its blocks longest among all: lower does. It
+        grows with the clock, so nobody starves, and no two are equal, so that there is always a first one."""
+        return self.arrival_time - self.priority * PRIORITY_SECONDS, self.sequence
+
+    @property
+    def flow(self) -> str:
+        """What it queues for: its adapter's digest, or '' for the base model."""
+        return self.adapter.digest if self.adapter is not None else ""
+
+    @property
+    def tenant(self) -> str:
+        """Whose adapter it asks for; the base model is everybody's, and counts as the default tenant's."""
+        return self.adapter.name.partition("/")[0] if self.adapter is not None else DEFAULT_TENANT
+
+    @property
+    def is_admitted(self) -> bool:
+        """Whether it has blocks."""
+        return self.status in (RequestStatus.RUNNING, RequestStatus.PARKED)
 
     @property
     def num_output_tokens(self) -> int:

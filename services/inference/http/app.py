@@ -1,4 +1,4 @@
-"""The OpenAI-compatible face: generation, models, health and metrics. The adapter is the field `model`."""
+"""The OpenAI-compatible face: generation, models, loads, health and metrics. The adapter is the field `model`."""
 
 from __future__ import annotations
 
@@ -15,23 +15,34 @@ from starlette.routing import Route
 from services.common.errors import MultiloraError
 from services.inference.conversion import check_adapter_metadata
 from services.inference.http import metrics
+from services.inference.http.adapter_endpoints import AdapterEndpoints
 from services.inference.http.answering import Answer
 from services.inference.http.body import read_object
-from services.inference.http.errors import CHAT_PATH, on_fault, on_http_error, on_multilora_error
+from services.inference.http.errors import (
+    CHAT_PATH,
+    LOAD_PATH,
+    UNLOAD_PATH,
+    on_fault,
+    on_http_error,
+    on_multilora_error,
+)
 from services.inference.http.openai import ChatRequest, CompletionRequest, OpenAIRequest
+from services.inference.replica_control import ReplicaControl
 from services.inference.serving import Serving
 
 ADAPTER_HEADER = "x-multilora-adapter"
 
 
-def create_app(serving: Serving) -> Starlette:
+def create_app(serving: Serving, control: ReplicaControl) -> Starlette:
     """The application over `serving`; whoever runs it owns the socket."""
-    face = _Face(serving)
+    face, adapters = _Face(serving), AdapterEndpoints(control)
     return Starlette(
         routes=[
             Route("/v1/models", face.models, methods=["GET"]),
             Route("/v1/completions", face.generation(CompletionRequest), methods=["POST"]),
             Route(CHAT_PATH, face.generation(ChatRequest), methods=["POST"]),
+            Route(LOAD_PATH, adapters.load, methods=["POST"]),
+            Route(UNLOAD_PATH, adapters.unload, methods=["POST"]),
             Route("/health", face.health, methods=["GET"]),
             Route("/metrics", face.metrics, methods=["GET"]),
         ],
@@ -73,6 +84,6 @@ class _Face:
 
     async def metrics(self, _request: Request) -> Response:
         stats = await self._serving.engine.stats()
-        max_loras = self._serving.config.adapters.max_loras
+        max_loras = self._serving.config.adapters.num_slots
         page = metrics.render(stats, max_loras, self._serving.resolver.snapshot_age)
         return Response(page, headers={"content-type": CONTENT_TYPE_LATEST})

@@ -27,16 +27,19 @@ HTTP_STATUS = {
     "DEADLINE_EXCEEDED": 504,
 }
 CHAT_PATH = "/v1/chat/completions"
+LOAD_PATH, UNLOAD_PATH = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 # Fields that have another name in this face; all others lose their group, as in `sampling.temperature`.
 _PARAMS = {"adapter": "model", "stopping.include_stop": "include_stop_str_in_output"}
 _CHAT_PARAMS = _PARAMS | {"prompt": "messages", "output.logprobs": "top_logprobs"}
+_LOADING_PARAMS = {"adapter": "lora_name", "path": "lora_path"}
+_PARAMS_BY_PATH = {CHAT_PATH: _CHAT_PARAMS, LOAD_PATH: _LOADING_PARAMS, UNLOAD_PATH: _LOADING_PARAMS}
 _GROUPS = re.compile(r"^(sampling|stopping|output)\.")
 
 
 def error_body(error: MultiloraError, path: str) -> dict[str, Any]:
     """The JSON of an error on a call of `path`: `code` is the stable reason, `param` the field in this face's names."""
-    params = _CHAT_PARAMS if path == CHAT_PATH else _PARAMS
+    params = _PARAMS_BY_PATH.get(path, _PARAMS)
     param = params.get(error.field) or _GROUPS.sub("", error.field)
     message = error.message.replace(error.field, param) if "." in error.field else error.message
     return _body(http_status(error), message, param or None, error.reason)

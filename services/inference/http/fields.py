@@ -23,7 +23,6 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "prompt_logprobs": (),
-    "priority": (0,),
 }
 
 

@@ -43,8 +43,14 @@ class StatsCollector(Collector):
         yield _gauge("vllm:lora_adapters_active", "Adapters resident in the slot pool", resident)
         yield _counter("vllm:prompt_tokens", "Prompt tokens taken in", stats.prompt_tokens)
         yield _counter("vllm:generation_tokens", "Tokens generated", stats.generation_tokens)
+        yield _counter("vllm:prefix_cache_queries", "Prompt tokens looked up", stats.prefix_queried_tokens)
+        yield _counter("vllm:prefix_cache_hits", "Prompt tokens found", stats.prefix_hit_tokens)
+        yield _gauge("multilora:num_requests_parked", "Requests whose adapter waits for its turn", stats.parked)
+        yield _counter("multilora:parkings", "Running requests parked for another's turn or seat", stats.parkings)
+        yield _counter("multilora:requests_refused", "Requests that found the queue full", stats.refused)
         yield _counter("multilora:preemptions", "Running requests put back for KV cache room", stats.preemptions)
         yield _counter("multilora:steps", "Engine steps", stats.steps)
+        yield self._transitions()
         age = "Seconds since the store confirmed what adapter names mean; +Inf when it never did"
         yield _gauge("multilora:name_snapshot_age_seconds", age, self._snapshot_age)
 
@@ -53,6 +59,13 @@ class StatsCollector(Collector):
             "vllm:cache_config_info", "Shape of the KV cache", labels=["block_size", "num_gpu_blocks"]
         )
         family.add_metric([str(self._stats.block_size), str(self._stats.blocks)], 1)
+        return family
+
+    def _transitions(self) -> Metric:
+        labels = ["from", "to"]
+        family = CounterMetricFamily("multilora:adapter_transitions", "Adapters' moves between states", labels=labels)
+        for ends, count in sorted(self._stats.adapter_transitions.items()):
+            family.add_metric(ends, count)
         return family
 
     def _lora_requests(self) -> Metric:

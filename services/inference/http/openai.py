@@ -33,7 +33,10 @@ class StreamOptions(BaseModel):
 
 
 class OpenAIRequest(BaseModel):
-    """What both requests have. Types are checked here, ranges by `Serving`, as for every face."""
+    """What both requests have. Types are checked here, ranges by `Serving`, as for every face.
+
+    priority: as vLLM's, lower is sooner; the native face counts the other way round
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -55,6 +58,8 @@ class OpenAIRequest(BaseModel):
     min_tokens: Integer = 0
     stop: str | list[str] = Field(default_factory=list)
     stop_token_ids: list[int] = Field(default_factory=list)
+    priority: Integer = 0
+    cache_salt: str = ""
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
 
@@ -80,6 +85,8 @@ class OpenAIRequest(BaseModel):
             prompt=prompt,
             adapter=self.model,
             request_id=f"{kind}-{uuid.uuid4().hex}",
+            priority=-self.priority,
+            cache_salt=self.cache_salt,
             sampling=SamplingParams(
                 temperature=self.temperature,
                 top_p=self.top_p,

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from services.common.errors import FailedPrecondition, Unimplemented
 from services.common.gguf_config import config_from_gguf, open_gguf
 from services.common.profile import ARCHITECTURES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class ModelConfig:
 
     name: what requests and adapters know it by
     max_model_len: most tokens of prompt and answer together
+    dtype_name: of ITEM_BYTES; the serving face reads this file too, and does without torch
     hf_config: the config it was read from
     """
 
@@ -52,16 +54,19 @@ class ModelConfig:
     tie_word_embeddings: bool
     max_model_len: int
     eos_token_ids: frozenset[int]
-    dtype: torch.dtype
+    dtype_name: str
     hf_config: Mapping[str, Any]
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * ITEM_BYTES[self.dtype_name]
 
 
 def load_config(path: Path, *, name: str = "", dtype: str = "auto", max_model_len: int = 0) -> ModelConfig:
@@ -105,7 +110,7 @@ def load_config(path: Path, *, name: str = "", dtype: str = "auto", max_model_le
         tie_word_embeddings=hf_config.get("tie_word_embeddings", False),
         max_model_len=max_model_len or longest,
         eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or []),
-        dtype=DTYPES["float32" if dtype == "auto" else dtype],
+        dtype_name="float32" if dtype == "auto" else dtype,
         hf_config=hf_config,
     )
 

@@ -44,13 +44,13 @@ def base_shapes(*, max_lora_rank: int = MAX_RANK, dtype: torch.dtype = torch.flo
     return BaseModelShapes(linear_shapes(CONFIG), max_lora_rank, dtype)
 
 
-def make_pool(*, max_loras: int = 3, dtype: torch.dtype = torch.float32) -> SlotPool:
+def make_pool(*, max_loras: int = 3, dtype: torch.dtype = torch.float32, max_resident: int = 0) -> SlotPool:
     shapes = linear_shapes(CONFIG)
     groups = {}
     for group, linears in LINEAR_GROUPS.items():
         of_group = [shapes[f"model.layers.0.{linear}"] for linear in linears]
         groups[group] = GroupShape(of_group[0].in_features, tuple(shape.out_features for shape in of_group))
-    return SlotPool(groups, LAYERS, max_loras, MAX_RANK, dtype)
+    return SlotPool(groups, LAYERS, max_loras, MAX_RANK, dtype, max_resident)
 
 
 @dataclass(frozen=True)

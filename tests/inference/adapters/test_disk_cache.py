@@ -68,16 +68,34 @@ def test_other_bytes_than_asked_for_leave_nothing(tmp_path: Path) -> None:
     assert DIGESTS[0] not in cache
 
 
-def test_a_pull_that_breaks_leaves_nothing(tmp_path: Path) -> None:
-    def pieces() -> Iterator[bytes]:
-        yield CONTENTS[0][:50]
+def test_a_pull_that_breaks_is_gone_on_with(tmp_path: Path) -> None:
+    def pieces(start: int, end: int) -> Iterator[bytes]:
+        yield CONTENTS[0][start:end]
         assert len(files(tmp_path)) == 1, "it is written as it comes"
+        raise Unavailable("STORE_AWAY", "gone")
+
+    cache = DiskCache(tmp_path, 1000)
+    for start, end in [(0, 50), (50, 80)]:
+        assert cache.kept(DIGESTS[0]) == start
+        with pytest.raises(Unavailable):
+            cache.write(DIGESTS[0], pieces(start, end))
+        assert cache.read(DIGESTS[0]) is None and DIGESTS[0] not in cache
+    assert cache.write(DIGESTS[0], [CONTENTS[0][80:]]) == CONTENTS[0]
+    assert files(tmp_path) == {name(DIGESTS[0])}
+    assert cache.kept(DIGESTS[0]) == 0
+
+
+def test_what_is_kept_of_a_pull_can_be_dropped(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"not what it should be"
         raise Unavailable("STORE_AWAY", "gone")
 
     cache = DiskCache(tmp_path, 1000)
     with pytest.raises(Unavailable):
         cache.write(DIGESTS[0], pieces())
+    cache.drop(DIGESTS[0])
     assert files(tmp_path) == set()
+    assert cache.write(DIGESTS[0], [CONTENTS[0]]) == CONTENTS[0]
 
 
 def test_nothing_is_visible_before_it_is_whole(tmp_path: Path) -> None:
@@ -152,6 +170,7 @@ def test_readers_and_writers_at_once(tmp_path: Path) -> None:
     """Room for two of five files, so that readers meet evictions: they get the bytes, or None, and never an error."""
     cache = DiskCache(tmp_path, 250)
     errors: list[BaseException] = []
+    one_writer = [threading.Lock() for _ in CONTENTS]
 
     def work(first: int) -> None:
         try:
@@ -160,7 +179,8 @@ def test_readers_and_writers_at_once(tmp_path: Path) -> None:
                 data = cache.read(DIGESTS[index])
                 assert data is None or data == CONTENTS[index]
                 if data is None:
-                    cache.write(DIGESTS[index], [CONTENTS[index]])
+                    with one_writer[index]:
+                        cache.write(DIGESTS[index], [CONTENTS[index]])
         except BaseException as error:
             errors.append(error)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +14,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import DataLoss, FailedPrecondition, Internal, Unavailable
+from services.common.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    MultiloraError,
+    ResourceExhausted,
+    Unavailable,
+)
+from services.inference.adapters import failures
 from services.inference.adapters.disk_cache import DiskCache
 from services.inference.adapters.manager import AdapterManager
+from services.inference.adapters.slot_pool import SlotPool
 from services.inference.engine.request import AdapterVersion
 from tests.inference.adapters.packs import Pack, base_shapes, lying, make_pool
 
@@ -26,26 +34,36 @@ from tests.inference.adapters.packs import Pack, base_shapes, lying, make_pool
 class HandingOut:
     """A puller that hands out the bytes a test gave it, when the test lets it.
 
-    gate: pulls wait here; errors: raised half way, one a pull
+    gate: pulls wait here; errors: raised half way, one a pull; offsets: where pulls began, in their order
     """
 
     data: dict[str, bytes]
     gate: threading.Event = field(default_factory=threading.Event)
     errors: list[Exception] = field(default_factory=list)
     pulls: Counter[str] = field(default_factory=Counter)
+    offsets: list[int] = field(default_factory=list)
 
     def pull(self, adapter: AdapterVersion, offset: int = 0) -> Iterator[bytes]:
-        assert offset == 0
         self.pulls[adapter.name.removeprefix("default/")] += 1
+        self.offsets.append(offset)
         data = self.data[adapter.pack_digest]
-        yield data[:100]
+        if offset < 100:
+            yield data[offset:100]
         assert self.gate.wait(timeout=60)
         if self.errors:
             raise self.errors.pop(0)
-        yield data[100:]
+        yield data[max(offset, 100) :]
 
     def close(self) -> None:
         self.gate.set()
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @dataclass
@@ -55,6 +73,8 @@ class Bench:
     packs: dict[str, Pack]
     ended: queue.SimpleQueue[None]
     directory: Path
+    clock: Clock
+    pool: SlotPool
 
     def version(self, name: str) -> AdapterVersion:
         return self.packs[name].version
@@ -65,7 +85,7 @@ class Bench:
     def settle(self, fetches: int = 1) -> None:
         """Wait until so many fetches have ended, and take them in as a step does."""
         for _ in range(fetches):
-            self.ended.get(timeout=60)
+            self.ended.get(timeout=20)
         self.manager.poll()
         self.manager.check_integrity()
 
@@ -88,6 +108,35 @@ class Bench:
         self.manager.check_integrity()
         return slots
 
+    def step(self, *names: str) -> list[int | None]:
+        """Give ready adapters their slots for one step."""
+        slots = self.run(*names)
+        for name, slot in zip(names, slots, strict=True):
+            if slot is not None:
+                self.manager.release(self.version(name))
+        return slots
+
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.manager.poll()
+        self.manager.check_integrity()
+
+    def state(self, name: str) -> str:
+        return next(each.state for each in self.manager.list({}) if each.adapter == self.version(name))
+
+    def fail(self, name: str, *errors: Exception) -> MultiloraError:
+        """Claim an adapter whose pulls break until it has failed, and let go of it; what it failed with."""
+        self.puller.errors = list(errors)
+        assert self.claim(name)
+        self.settle()
+        while self.manager.failure(self.version(name)) is None:
+            self.wait(failures.LAST_DELAY)
+            self.settle()
+        failure = self.manager.failure(self.version(name))
+        self.let_go(name)
+        assert isinstance(failure, MultiloraError)
+        return failure
+
     def tiers(self, *names: str) -> list[str]:
         return [self.manager.tier(self.version(name)) for name in names]
 
@@ -100,19 +149,28 @@ def make_bench(
     max_cpu_loras: int = 3,
     max_lora_rank: int = 40,
     store: bool = True,
+    max_resident: int = 0,
+    max_cpu_bytes: int = 0,
+    idle_ttl: float = 0.0,
+    max_disk_bytes: int = 1 << 30,
 ) -> Bench:
     ended: queue.SimpleQueue[None] = queue.SimpleQueue()
     puller = HandingOut({pack.version.pack_digest: pack.data for pack in packs.values()})
     puller.gate.set()
+    clock, pool = Clock(), make_pool(max_loras=max_loras, max_resident=max_resident)
     manager = AdapterManager(
         puller if store else None,
-        DiskCache(directory, 1 << 30),
-        make_pool(max_loras=max_loras),
+        DiskCache(directory, max_disk_bytes),
+        pool,
         base_shapes(max_lora_rank=max_lora_rank),
         max_cpu_loras,
         notify=lambda: ended.put(None),
+        max_cpu_bytes=max_cpu_bytes,
+        idle_ttl=idle_ttl,
+        clock=clock,
+        chance=lambda: 1.0,
     )
-    return Bench(manager, puller, packs, ended, directory)
+    return Bench(manager, puller, packs, ended, directory, clock, pool)
 
 
 @pytest.fixture
@@ -163,58 +221,240 @@ def test_a_claim_given_up_while_it_is_pulled_keeps_its_room(bench: Bench) -> Non
     bench.settle()
 
 
-def test_a_failure_is_told_to_all_who_wait_and_the_next_one_tries_again(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
-    bench.puller.errors = [Unavailable("STORE_AWAY", "gone")]
-    version = bench.version("half")
-    assert bench.claim("half") and bench.claim("half")
-    with caplog.at_level(logging.CRITICAL):
-        bench.settle()
-    for _ in range(2):
-        assert isinstance(bench.manager.failure(version), Unavailable)
-        assert not bench.manager.is_ready(version)
-        bench.let_go("half")
-    assert bench.manager.failure(version) is None
-    assert [resident.error for resident in bench.manager.list({})] == ["gone [STORE_AWAY]"]
-    bench.bring("half")
-    assert bench.puller.pulls["half"] == 2
-    assert [resident.error for resident in bench.manager.list({})] == [""]
-
-
-def test_a_claim_while_a_failure_is_being_told_starts_anew(bench: Bench) -> None:
-    bench.puller.errors = [Unavailable("STORE_AWAY", "gone")]
+def test_a_broken_pull_goes_on_where_it_broke(bench: Bench) -> None:
+    bench.puller.errors = [Unavailable("STORE_AWAY", "gone")] * 2
     assert bench.claim("half")
     bench.settle()
-    bench.puller.gate.clear()
-    assert bench.claim("half")
-    assert bench.manager.failure(bench.version("half")) is None, "the old failure is not the new fetch's"
-    bench.puller.gate.set()
+    assert (bench.state("half"), bench.manager.failure(bench.version("half"))) == ("PULLING", None)
+    assert bench.manager.next_deadline() == failures.FIRST_DELAY
+    bench.wait(failures.FIRST_DELAY / 2)
+    assert bench.ended.empty() and bench.puller.pulls["half"] == 1, "tried again before its time"
+    bench.wait(failures.FIRST_DELAY)
+    bench.settle()
+    bench.wait(failures.FIRST_DELAY * 2)
     bench.settle()
     assert bench.manager.is_ready(bench.version("half"))
-    assert bench.manager.failure(bench.version("half")) is None
+    assert bench.puller.offsets == [0, 100, 100]
 
 
-def test_a_fault_that_is_not_ours_to_name_fails_only_its_fetch(bench: Bench) -> None:
-    bench.puller.errors = [ZeroDivisionError("surprise")]
+def test_a_pull_cut_short_goes_on(bench: Bench) -> None:
+    version = bench.version("half")
+    whole = bench.puller.data[version.pack_digest]
+    bench.puller.data[version.pack_digest] = whole[:150]
     assert bench.claim("half")
     bench.settle()
-    assert isinstance(bench.manager.failure(bench.version("half")), ZeroDivisionError)
+    bench.puller.data[version.pack_digest] = whole
+    bench.wait(failures.FIRST_DELAY)
+    bench.settle()
+    assert bench.manager.is_ready(version)
+    assert bench.puller.offsets == [0, 150]
+
+
+def test_a_store_that_stays_away_fails_the_adapter_for_a_while(bench: Bench) -> None:
+    away = [Unavailable("STORE_AWAY", "gone")] * failures.PULL_ATTEMPTS
+    failure = bench.fail("half", *away)
+    assert isinstance(failure, Unavailable)
+    assert (failure.retry_after, failure.field) == (failures.FIRST_REST, "adapter")
+    assert bench.puller.pulls["half"] == failures.PULL_ATTEMPTS
+    assert list(bench.directory.iterdir()) == []
+    assert bench.claim("half"), "claimed, and told at once"
+    bench.wait(failures.FIRST_REST / 4)
+    again = bench.manager.failure(bench.version("half"))
+    assert again is not None and again.retry_after == failures.FIRST_REST * 3 / 4
     bench.let_go("half")
+    assert bench.puller.pulls["half"] == failures.PULL_ATTEMPTS, "a failed adapter is left alone"
+    assert [resident.error for resident in bench.manager.list({})] == ["gone [STORE_AWAY]"]
+    bench.wait(failures.FIRST_REST)
+    assert bench.manager.failure(bench.version("half")) is None
+    second = bench.fail("half", *away)
+    assert second.retry_after == 2 * failures.FIRST_REST, "the rest grows"
+    bench.wait(2 * failures.FIRST_REST)
+    bench.bring("half")
+    assert [resident.error for resident in bench.manager.list({})] == [""]
+    bench.let_go("half")
+
+
+def test_a_claim_held_over_a_rest_is_fetched_for(bench: Bench) -> None:
+    bench.fail("half", ZeroDivisionError("surprise"))
+    assert bench.claim("half")
+    bench.wait(failures.FIRST_LONG_REST)
+    bench.settle()
+    assert bench.manager.is_ready(bench.version("half"))
+
+
+def test_a_fault_that_is_not_ours_to_name_fails_only_its_adapter(bench: Bench) -> None:
+    failure = bench.fail("half", ZeroDivisionError("surprise"))
+    assert (type(failure), failure.reason, failure.retry_after) == (
+        Internal,
+        "ADAPTER_FAILED",
+        failures.FIRST_LONG_REST,
+    )
+    bench.bring("rank-1")
+    bench.wait(failures.FIRST_LONG_REST)
     bench.bring("half")
 
 
-def test_wrong_bytes_fail_that_claim_and_nothing_stays(bench: Bench) -> None:
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1] + b"?", lambda data: data + b"?"], ids=["other", "more"])
+def test_wrong_bytes_fail_at_once_and_nothing_stays(bench: Bench, spoil: Callable[[bytes], bytes]) -> None:
     version = bench.version("half")
     right = bench.puller.data[version.pack_digest]
-    bench.puller.data[version.pack_digest] = right[:-1] + b"?"
-    assert bench.claim("half")
-    bench.settle()
-    assert isinstance(bench.manager.failure(version), DataLoss)
+    bench.puller.data[version.pack_digest] = spoil(right)
+    failure = bench.fail("half")
+    assert isinstance(failure, DataLoss)
+    assert (failure.retry_after, bench.puller.pulls["half"]) == (failures.FIRST_LONG_REST, 1)
     assert list(bench.directory.iterdir()) == []
-    bench.let_go("half")
     bench.puller.data[version.pack_digest] = right
+    bench.wait(failures.FIRST_LONG_REST)
     bench.bring("half")
+
+
+def test_a_copy_to_the_pool_that_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.bring("half", "rank-1")
+    bench.step("rank-1")
+
+    def fault(*_: object) -> None:
+        raise MemoryError("no room for the copy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.pool, "_write", fault)
+        assert bench.run("half", "half") == [None, None]
+    failure = bench.manager.failure(bench.version("half"))
+    assert failure is not None and failure.reason == "ADAPTER_FAILED"
+    bench.ended.get(timeout=20)  # the engine is woken, to tell its requests
+    assert not bench.manager.is_ready(bench.version("half"))
+    assert bench.tiers("rank-1") == ["GPU"], "the others stay"
+    bench.let_go("half")
+    bench.wait(failures.FIRST_LONG_REST)
+    bench.bring("half")
+    assert bench.step("half") == [1]
+
+
+def test_a_copy_that_fails_while_it_drains(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.bring("half")
+    bench.manager.drain("default/half", 1)
+    monkeypatch.setattr(bench.pool, "_write", lambda *_: 1 / 0)
+    assert bench.run("half") == [None]
+    assert bench.state("half") == "FAILED"
+    bench.manager.end_drain("default/half", 1, evict=True)
+    bench.let_go("half")
+
+
+def test_pinned_adapters_stay_where_they_are(bench: Bench) -> None:
+    bench.bring("half", "rank-1", "rank-16")
+    bench.manager.pin(bench.version("half"))
+    assert [bench.step(name) for name in ("half", "rank-1", "rank-16", "rank-1")] == [[0], [1], [1], [1]]
+    bench.let_go("half", "rank-1", "rank-16")
+    bench.bring("rank-17", "brain")
+    assert bench.tiers("half") == ["GPU"], "longest unused, and kept"
+    bench.manager.unpin(bench.version("half"))
+    bench.let_go("rank-17", "brain")
+    bench.bring("one-layer", "rank-40")
+    bench.bring("rank-1")
+    assert bench.tiers("half") == ["DISK"]
+
+
+def test_pins_come_back_when_there_is_room_and_keep_nobody_out(bench: Bench) -> None:
+    for name in ("half", "rank-1"):
+        bench.manager.pin(bench.version(name))
+    with pytest.raises(ResourceExhausted, match="--max-loras"):
+        bench.manager.pin(bench.version("rank-16"))
+    bench.manager.pin(bench.version("half"))
+    bench.wait(0)
+    bench.settle(2)
+    bench.wait(0)
+    assert bench.tiers("half", "rank-1") == ["GPU", "GPU"], "fetched and loaded before anyone asks"
+    bench.bring("rank-16")
+    assert bench.step("rank-16") != [None], "pins fill the pool, and yet another gets its turn"
+    bench.wait(0)
+    assert bench.tiers("rank-16") == ["GPU"], "it has requests: it is not driven out between two steps"
+    bench.let_go("rank-16")
+    bench.wait(0)
+    assert bench.tiers("half", "rank-1", "rank-16") == ["GPU", "GPU", "CPU"]
+
+
+def test_idle_adapters_leave_the_pool_after_their_time(packs: dict[str, Pack], tmp_path: Path) -> None:
+    bench = make_bench(packs, tmp_path, max_loras=3, idle_ttl=10.0)
+    bench.bring("half", "rank-1", "rank-16")
+    bench.manager.pin(bench.version("rank-16"))
+    bench.step("half", "rank-1", "rank-16")
+    bench.let_go("half", "rank-16")
+    assert bench.manager.next_deadline() == 10.0
+    bench.wait(9.0)
+    bench.bring("half")
+    bench.step("half")
+    bench.let_go("half")
+    bench.wait(9.0)
+    assert bench.tiers("half") == ["GPU"]
+    bench.wait(1.0)
+    assert bench.tiers("half", "rank-1", "rank-16") == ["CPU", "GPU", "GPU"], "asked for, or pinned: kept"
+    assert bench.manager.next_deadline() is None
+    bench.manager.close()
+
+
+def test_an_unload_waits_for_those_who_have_it(bench: Bench) -> None:
+    version = bench.version("half")
+    bench.bring("half", "rank-1")
+    bench.step("half")
+    bench.manager.drain(version.name, None)
+    assert bench.state("half") == "DRAINING"
+    assert bench.step("half") == [0], "its requests go on"
+    bench.let_go("half")
+    bench.manager.end_drain(version.name, None, evict=True)
+    bench.manager.check_integrity()
+    assert (bench.state("half"), bench.tiers("half")) == ("DISK", ["DISK"])
+    bench.bring("half")
+    assert bench.state("half") == "CPU"
+
+
+def test_an_unload_of_what_is_on_its_way_or_nowhere(bench: Bench) -> None:
+    version = bench.version("half")
+    bench.manager.drain("default/nobody", 1)
+    bench.puller.gate.clear()
+    assert bench.claim("half")
+    bench.manager.drain(version.name, version.version)
+    bench.puller.gate.set()
+    bench.settle()
+    assert bench.state("half") == "DRAINING"
+    bench.manager.end_drain(version.name, version.version, evict=False)
+    assert bench.state("half") == "CPU", "loaded again"
+    bench.manager.drain(version.name, version.version)
+    bench.manager.end_drain(version.name, version.version, evict=True)
+    assert bench.state("half") == "CPU", "a request of another name has it"
+
+
+def test_more_adapters_than_max_loras_as_far_as_pages_go(packs: dict[str, Pack], tmp_path: Path) -> None:
+    bench = make_bench(packs, tmp_path, max_loras=1, max_resident=3, max_cpu_loras=4)
+    bench.bring("half", "rank-1", "one-layer")
+    assert bench.step("rank-1", "half", "one-layer") == [0, 1, 2], "three small ones in the pages of one large one"
+    bench.bring("rank-40")
+    assert bench.step("rank-40") != [None]
+    assert bench.tiers("half") == ["CPU"], "the large one needs the pages"
+    bench.manager.close()
+
+
+def test_host_memory_is_bounded_in_bytes(packs: dict[str, Pack], tmp_path: Path) -> None:
+    sizes = {name: pack.version.pack_size for name, pack in packs.items()}
+    bench = make_bench(packs, tmp_path, max_cpu_loras=8, max_cpu_bytes=sizes["half"] + sizes["rank-1"])
+    bench.bring("half", "rank-1")
+    assert not bench.claim("one-layer")
+    bench.let_go("half")
+    bench.bring("one-layer")
+    assert bench.tiers("half", "rank-1", "one-layer") == ["DISK", "CPU", "CPU"]
+    failure = bench.manager.failure(bench.version("rank-40"))
+    assert failure is not None and failure.reason == "ADAPTER_TOO_LARGE"
+    bench.manager.close()
+
+
+def test_what_the_disk_has_evicted_is_pulled_again(packs: dict[str, Pack], tmp_path: Path) -> None:
+    bench = make_bench(packs, tmp_path, max_cpu_loras=2, max_disk_bytes=1)
+    for name in ("half", "rank-1", "rank-16"):
+        bench.bring(name)
+        bench.let_go(name)
+    assert bench.state("half") == "STORE"
+    assert bench.manager.transitions["DISK", "STORE"] == 1
+    bench.bring("half")
+    assert bench.puller.pulls["half"] == 2
+    bench.manager.close()
 
 
 def test_a_file_damaged_on_disk_is_pulled_again(bench: Bench) -> None:
@@ -246,7 +486,8 @@ def test_without_a_store_only_the_disk_helps(packs: dict[str, Pack], tmp_path: P
     bench.bring("half")
     assert bench.claim("rank-1")
     bench.settle()
-    assert isinstance(bench.manager.failure(bench.version("rank-1")), Internal)
+    failure = bench.manager.failure(bench.version("rank-1"))
+    assert failure is not None and failure.reason == "NO_ADAPTER_STORE"
     bench.manager.close()
 
 

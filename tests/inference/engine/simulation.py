@@ -87,6 +87,7 @@ class MemoryAdapters:
         self._failures: dict[str, Exception] = {}
         self.evictions = 0
         self.loads = 0
+        self.transitions: dict[tuple[str, str], int] = {}
 
     def arrive(self, adapter: AdapterVersion) -> None:
         self.on_the_way.remove(adapter.digest)
@@ -148,6 +149,30 @@ class MemoryAdapters:
     def release(self, adapter: AdapterVersion) -> None:
         assert self.references[adapter.digest] > 0
         self.references[adapter.digest] -= 1
+
+    def prefetch(self, adapter: AdapterVersion) -> None:
+        if self.try_claim(adapter):
+            self.unclaim(adapter)
+
+    def drop(self, name: str, version: int) -> None:
+        """Nothing is deleted here."""
+
+    def warm(self, adapter: AdapterVersion) -> None:
+        if None in self.slots:
+            self.acquire(adapter)
+            self.release(adapter)
+
+    def pin(self, adapter: AdapterVersion) -> None:
+        """What is pinned is the manager's to know; so it is with drains."""
+
+    def unpin(self, adapter: AdapterVersion) -> None: ...
+
+    def drain(self, name: str, version: int | None) -> None: ...
+
+    def end_drain(self, name: str, version: int | None, *, evict: bool) -> None: ...
+
+    def next_deadline(self) -> float | None:
+        return None
 
     def poll(self) -> None:
         """What arrived is taken in at once."""

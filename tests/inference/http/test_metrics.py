@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +18,11 @@ from services.inference.http.metrics import render
 from tests.inference.http.pair import ADAPTER
 
 NAMES = {
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "multilora:num_requests_parked",
+    "multilora:parkings_total",
+    "multilora:requests_refused_total",
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -32,8 +39,12 @@ NAMES = {
 }
 
 
+TRANSITIONS = "multilora:adapter_transitions_total"
+
+
 def samples(families: Iterable[Metric]) -> dict[str, tuple[dict[str, str], float]]:
-    found = [sample for family in families for sample in family.samples]
+    """All but the one that counts by label."""
+    found = [sample for family in families for sample in family.samples if sample.name != TRANSITIONS]
     assert max(Counter(sample.name for sample in found).values()) == 1
     return {sample.name: (sample.labels, sample.value) for sample in found}
 
@@ -68,11 +79,14 @@ def test_values_move_with_requests(http: httpx.Client) -> None:
     assert labels == {"max_lora": "8", "waiting_lora_adapters": "", "running_lora_adapters": ADAPTER}
     assert when >= before["vllm:lora_requests_info"][1]
     assert after["vllm:cache_config_info"][0]["block_size"] == "16"
+    moves = [line for line in http.get("/metrics").text.splitlines() if line.startswith(TRANSITIONS)]
+    assert f'{TRANSITIONS}{{from="CPU",to="LOADING"}} 1.0' in moves
+    assert len(moves) == 5, "each arrow from the store to a slot"
 
 
 def resident(name: str, tier: str, waiting: int, version: int = 1) -> ResidentAdapter:
     adapter = AdapterVersion(name, version, "sha256:0", "sha256:0", 0)
-    return ResidentAdapter(adapter, tier, 0 if tier == "GPU" else None, 0, 0, waiting, 0, 8, 0, "")
+    return ResidentAdapter(adapter, tier, 0 if tier == "GPU" else None, 0, 0, waiting, 0, 8, 0, "", tier, False)
 
 
 def test_waiting_leaves_out_what_is_resident() -> None:
@@ -84,7 +98,13 @@ def test_waiting_leaves_out_what_is_resident() -> None:
         resident("t/idle", "CPU", 0),
         resident("t/busy", "GPU", 2),
     )
-    stats = EngineStats(1, 2, 100, 75, 16, 0, 0, 0, 0, 0, 0, 0, adapters)
+    counts: dict[str, Any] = {each.name: 0 for each in fields(EngineStats)} | {
+        "running": 1,
+        "waiting": 2,
+        "blocks": 100,
+    }
+    moves = {("STORE", "PULLING"): 3}
+    stats = EngineStats(**counts | {"blocks_free": 75, "adapters": adapters, "adapter_transitions": moves})
     found = samples(text_string_to_metric_families(render(stats, 4, 0.5).decode()))
     assert found["vllm:lora_requests_info"][0] == {
         "max_lora": "4",

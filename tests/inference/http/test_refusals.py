@@ -42,7 +42,6 @@ def refused(http: httpx.Client, path: str, body: Any, headers: dict[str, str] | 
         ("response_format", {"type": "json_object"}),
         ("modalities", ["audio"]),
         ("prompt_logprobs", 1),
-        ("priority", 1),
         ("use_beam_search", True),
         ("guided_json", {}),
     ],

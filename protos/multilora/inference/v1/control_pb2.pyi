@@ -26,16 +26,26 @@ class LoadAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    PROMOTE_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """Adapter reference, as in GenerateRequest.adapter."""
+    """Adapter reference, as in GenerateRequest.adapter; with a path, the name alone."""
+    path: _builtins.str
+    """A directory PEFT saved, on the replica beneath its --adapter-root: it is registered in the store, then loaded. Empty:
+    load what the store has under that name.
+    """
+    promote: _builtins.bool
+    """With a path: move the alias `stable` to the registered version, so that requests for the name get it."""
     def __init__(
         self,
         *,
         adapter: _builtins.str = ...,
+        path: _builtins.str = ...,
+        promote: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "path", b"path", "promote", b"promote"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -78,7 +88,7 @@ class UnloadAdapterRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     DRAIN_TIMEOUT_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """Adapter reference, as in GenerateRequest.adapter."""
+    """A name alone unloads all its versions and hides the name; `name@3` and `name:canary` the versions they mean."""
     drain_timeout: _builtins.float
     """Seconds that running requests have to finish; 0 waits for all of them."""
     def __init__(
@@ -235,6 +245,8 @@ class ResidentAdapter(_message.Message):
     CPU_BYTES_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     tier: _common_pb2.Tier.ValueType
     """Where it is."""
     slot: _builtins.int
@@ -253,6 +265,10 @@ class ResidentAdapter(_message.Message):
     """Why it cannot be used, when it failed; empty otherwise."""
     waiting: _builtins.int
     """Requests that wait for it."""
+    pinned: _builtins.bool
+    """Whether it is pinned."""
+    state: _builtins.str
+    """Where it is on its way: STORE, PULLING, DISK, CPU, LOADING, GPU, FAILED or DRAINING."""
     @_builtins.property
     def identity(self) -> _common_pb2.AdapterIdentity:
         """Which version of which adapter."""
@@ -270,10 +286,12 @@ class ResidentAdapter(_message.Message):
         cpu_bytes: _builtins.int = ...,
         error: _builtins.str = ...,
         waiting: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+        state: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_bytes", b"cpu_bytes", "error", b"error", "identity", b"identity", "pages", b"pages", "rank", b"rank", "references", b"references", "requests", b"requests", "slot", b"slot", "tier", b"tier", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_bytes", b"cpu_bytes", "error", b"error", "identity", b"identity", "pages", b"pages", "pinned", b"pinned", "rank", b"rank", "references", b"references", "requests", b"requests", "slot", b"slot", "state", b"state", "tier", b"tier", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

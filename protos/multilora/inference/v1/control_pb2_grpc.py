@@ -72,28 +72,28 @@ class AdapterControlServiceServicer:
     """
 
     def LoadAdapter(self, request, context):
-        """Brings an adapter into memory before anyone asks for it. Not served yet.
+        """Brings an adapter here before anyone asks for it, and shows its name again where UnloadAdapter hid it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Drains an adapter, evicts it and hides its name on this replica. Not served yet.
+        """Hides an adapter's name on this replica until it is loaded again, lets its running requests finish, and evicts it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PinAdapter(self, request, context):
-        """Keeps an adapter resident. Not served yet.
+        """Loads an adapter and keeps it resident, as far as there is room.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnpinAdapter(self, request, context):
-        """Lets a pinned adapter be evicted again. Not served yet.
+        """Lets a pinned adapter be evicted again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

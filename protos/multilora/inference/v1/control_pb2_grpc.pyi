@@ -34,13 +34,13 @@ class AdapterControlServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterControlServiceAsyncStub: ...
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_control_pb2.LoadAdapterRequest, _control_pb2.LoadAdapterResponse]
-    """Brings an adapter into memory before anyone asks for it. Not served yet."""
+    """Brings an adapter here before anyone asks for it, and shows its name again where UnloadAdapter hid it."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_control_pb2.UnloadAdapterRequest, _control_pb2.UnloadAdapterResponse]
-    """Drains an adapter, evicts it and hides its name on this replica. Not served yet."""
+    """Hides an adapter's name on this replica until it is loaded again, lets its running requests finish, and evicts it."""
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_control_pb2.PinAdapterRequest, _control_pb2.PinAdapterResponse]
-    """Keeps an adapter resident. Not served yet."""
+    """Loads an adapter and keeps it resident, as far as there is room."""
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_control_pb2.UnpinAdapterRequest, _control_pb2.UnpinAdapterResponse]
-    """Lets a pinned adapter be evicted again. Not served yet."""
+    """Lets a pinned adapter be evicted again."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListAdaptersRequest, _control_pb2.ListAdaptersResponse]
     """Lists the adapters this replica knows, from the engine's own state."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetServerInfoRequest, _control_pb2.GetServerInfoResponse]
@@ -52,13 +52,13 @@ class AdapterControlServiceAsyncStub(AdapterControlServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_control_pb2.LoadAdapterRequest, _control_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Brings an adapter into memory before anyone asks for it. Not served yet."""
+    """Brings an adapter here before anyone asks for it, and shows its name again where UnloadAdapter hid it."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_control_pb2.UnloadAdapterRequest, _control_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Drains an adapter, evicts it and hides its name on this replica. Not served yet."""
+    """Hides an adapter's name on this replica until it is loaded again, lets its running requests finish, and evicts it."""
     PinAdapter: _aio.UnaryUnaryMultiCallable[_control_pb2.PinAdapterRequest, _control_pb2.PinAdapterResponse]  # type: ignore[assignment]
-    """Keeps an adapter resident. Not served yet."""
+    """Loads an adapter and keeps it resident, as far as there is room."""
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_control_pb2.UnpinAdapterRequest, _control_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
-    """Lets a pinned adapter be evicted again. Not served yet."""
+    """Lets a pinned adapter be evicted again."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_control_pb2.ListAdaptersRequest, _control_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Lists the adapters this replica knows, from the engine's own state."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_control_pb2.GetServerInfoRequest, _control_pb2.GetServerInfoResponse]  # type: ignore[assignment]
@@ -73,7 +73,7 @@ class AdapterControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.LoadAdapterResponse, _abc.Awaitable[_control_pb2.LoadAdapterResponse]]:
-        """Brings an adapter into memory before anyone asks for it. Not served yet."""
+        """Brings an adapter here before anyone asks for it, and shows its name again where UnloadAdapter hid it."""
 
     @_abc_1.abstractmethod
     def UnloadAdapter(
@@ -81,7 +81,7 @@ class AdapterControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.UnloadAdapterResponse, _abc.Awaitable[_control_pb2.UnloadAdapterResponse]]:
-        """Drains an adapter, evicts it and hides its name on this replica. Not served yet."""
+        """Hides an adapter's name on this replica until it is loaded again, lets its running requests finish, and evicts it."""
 
     @_abc_1.abstractmethod
     def PinAdapter(
@@ -89,7 +89,7 @@ class AdapterControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.PinAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.PinAdapterResponse, _abc.Awaitable[_control_pb2.PinAdapterResponse]]:
-        """Keeps an adapter resident. Not served yet."""
+        """Loads an adapter and keeps it resident, as far as there is room."""
 
     @_abc_1.abstractmethod
     def UnpinAdapter(
@@ -97,7 +97,7 @@ class AdapterControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.UnpinAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.UnpinAdapterResponse, _abc.Awaitable[_control_pb2.UnpinAdapterResponse]]:
-        """Lets a pinned adapter be evicted again. Not served yet."""
+        """Lets a pinned adapter be evicted again."""
 
     @_abc_1.abstractmethod
     def ListAdapters(

@@ -373,9 +373,11 @@ class GenerateRequest(_message.Message):
     routing_key: _builtins.str
     """Key that sticks a caller to one version of a weighted alias."""
     priority: _builtins.int
-    """Scheduling priority, higher first. Default 0; other values are not served yet."""
+    """Scheduling priority, higher first, among requests for the same adapter: each step counts as having come a
+    second earlier. -100 to 100, default 0.
+    """
     cache_salt: _builtins.str
-    """Separates prefix caches: equal prompts share cached blocks only under an equal salt. No prefix is shared yet."""
+    """Separates prefix caches: equal prompts share cached blocks only under an equal salt."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, taken as they are."""

@@ -1,0 +1,114 @@
+"""Finds the compiled backend, or compiles it: one library per instruction set, from the same source.
+
+A library's name holds the hash of its source and of how it is compiled, so a stale one is never loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCE = Path(__file__).parent / "src"
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Where the package's build puts the libraries."""
+
+LEVELS = {
+    "avx512": ("-march=x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+    "avx2": ("-march=x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
+    "portable": ("", set[str]()),
+}
+"""The compiler's flag and what the processor must have, best first. Portable is whatever the compiler makes for."""
+
+FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-fno-math-errno", "-Wno-psabi")
+"""No -ffast-math: NaN and infinity keep their meaning, and sums their order."""
+
+
+class UnavailableError(Exception):
+    """There is no library for this machine and no way to make one; the message says why."""
+
+
+def level_of_this_machine() -> str:
+    """The best of `LEVELS` that this processor runs."""
+    found = _processor_flags()
+    return next(level for level, (_, needed) in LEVELS.items() if needed <= found)
+
+
+def library_name(level: str) -> str:
+    """The file that the present source becomes."""
+    digest = hashlib.sha256(" ".join((platform.machine(), *FLAGS, LEVELS[level][0])).encode())
+    for file in sorted(SOURCE.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return f"multilora-cpu-{level}-{digest.hexdigest()[:16]}.so"
+
+
+def compile_library(
+    level: str, to: Path, *, source: Path = SOURCE / "step.cpp", extra_flags: Sequence[str] = ()
+) -> None:
+    """Compile for a level. Raises UnavailableError when there is no compiler, or it fails."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise UnavailableError("there is no C++ compiler; install g++ for the fast path")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent) as scratch:
+        made = Path(scratch) / to.name
+        march = [LEVELS[level][0]] if LEVELS[level][0] else []
+        command = [compiler, *FLAGS, *march, *extra_flags, str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise UnavailableError(f"{compiler} does not compile the backend: {done.stderr.strip()[-2000:]}")
+        made.replace(to)  # at once: another process may be waiting for it
+
+
+@functools.cache
+def load_library(level: str = "") -> ctypes.CDLL:
+    """The library for this machine ('' is its best level): as packaged, from the user's cache, or compiled now.
+
+    Raises UnavailableError.
+    """
+    level = level or level_of_this_machine()
+    name = library_name(level)
+    packaged, cached = PREBUILT / name, _cache_dir() / name
+    if not packaged.exists() and not cached.exists():
+        try:
+            compile_library(level, cached)
+        except OSError as error:
+            raise UnavailableError(f"the backend cannot be compiled: {error}") from error
+    try:
+        return _declared(ctypes.CDLL(str(packaged if packaged.exists() else cached)))
+    except OSError as error:
+        raise UnavailableError(f"the compiled backend does not load: {error}") from error
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    for name, arguments, result in (
+        ("multilora_open", (pointer, integer, integer), pointer),
+        ("multilora_step", (pointer, pointer), integer),
+        ("multilora_close", (pointer,), None),
+        ("multilora_pack", (pointer, long, long, pointer, integer), None),
+    ):
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+    return library
+
+
+def _cache_dir() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "multilora"
+
+
+def _processor_flags() -> frozenset[str]:
+    """What Linux says the processor has; nothing where it says nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

@@ -1,0 +1,104 @@
+// Memory of the backend's own, aligned to cache lines; and what Python hands over, as plain structs.
+
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace multilora {
+
+// An array of floats that grows and never shrinks; what it held is lost as it grows.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  float* at_least(size_t count) {
+    if (count > count_) {
+      std::free(data_);
+      count_ = 0;
+      data_ = static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64));
+      if (data_ == nullptr) throw std::bad_alloc();
+      count_ = count;
+    }
+    return data_;
+  }
+
+  float* data() const { return data_; }
+
+ private:
+  float* data_ = nullptr;
+  size_t count_ = 0;
+};
+
+// Rows of activations.
+class Rows {
+ public:
+  // Rows lie an odd number of cache lines apart, so that columns of many rows do not share a few sets of a cache.
+  explicit Rows(int width) : stride_((width + 15) / 16 * 16 | 16) {}
+
+  void at_least(size_t rows) { values_.at_least(rows * stride_); }
+  float* operator[](size_t row) const { return values_.data() + row * stride_; }
+  int stride() const { return stride_; }
+
+ private:
+  const int stride_;
+  Buffer values_;
+};
+
+// The structs below are read from Python: native.py repeats them field by field.
+extern "C" {
+
+// One linear of one layer: its base weights, packed, and every adapter's A and B in the slot pool.
+struct Linear {
+  const void* weight;     // [ceil(out / 32), in, 32]
+  const void* a;          // [pages * 16, in]
+  const void* b;          // [pages * 16, out]
+  const int32_t* ranks;   // [slots]; 0 where the slot's adapter lacks this linear in this layer
+  const float* scales;    // [slots]
+  const int32_t* pages;   // [slots, max_pages]
+  int64_t out;
+};
+
+enum { Q, K, V, O, GATE, UP, DOWN, LINEARS };
+
+struct Layer {
+  const float* input_norm;           // [hidden]
+  const float* post_attention_norm;  // [hidden]
+  void* keys;                        // [blocks, kv_heads, head_dim, block_size]
+  void* values;                      // [blocks, kv_heads, block_size, head_dim]
+  Linear linears[LINEARS];
+};
+
+struct Model {
+  int64_t vocab, hidden, inner, heads, kv_heads, head_dim, layers;
+  int64_t block_size;   // a multiple of 16
+  int64_t max_pages;    // of 16 ranks an adapter may own in a linear
+  float eps;
+  const float* cosines;    // [positions, head_dim / 2]
+  const float* sines;      // [positions, head_dim / 2]
+  const void* embedding;   // [vocab, hidden]; null: the head's packed weights serve
+  const float* norm;       // [hidden]
+  Linear head;
+  const Layer* decoder;
+};
+
+// One step. Rows of a sequence lie side by side with ascending positions; rows of one slot as well.
+struct Batch {
+  int64_t rows, sampled, max_blocks;
+  const int32_t* tokens;         // [rows]
+  const int32_t* positions;      // [rows]
+  const int32_t* slots;          // [rows]; -1: the base model alone
+  const int32_t* sequences;      // [rows], into block_tables
+  const int32_t* block_tables;   // [sequences, max_blocks]
+  const int32_t* sampled_rows;   // [sampled], whose logits are wanted
+  float* logits;                 // [sampled, vocab rounded up to 32]
+  int32_t* best;                 // [sampled], the first of the largest logits
+  uint8_t* finite;               // [sampled], 0 where a logit is NaN or infinite
+};
+}
+
+}  // namespace multilora

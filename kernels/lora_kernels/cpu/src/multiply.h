@@ -1,0 +1,100 @@
+// The one matrix product everything is made of: base weights, B of an adapter, scores and values of attention.
+
+#pragma once
+
+#include "vector.h"
+
+namespace multilora {
+
+// Columns a product computes at once: bf16 weights of one input are then one cache line.
+constexpr int COLUMNS = 32;
+constexpr int REGISTERS = COLUMNS / LANES;  // that hold a row's sums
+
+// Rows that share what was loaded of w: as many as leave registers for w and a value of x beside the sums, 24 of 32 in
+// AVX-512, 12 of 16 in AVX2.
+#if defined(__AVX512F__)
+constexpr int ROWS = 12;
+#elif defined(__AVX__)
+constexpr int ROWS = 3;
+#else
+constexpr int ROWS = 1;
+#endif
+
+// How far ahead of itself a product asks memory for packed weights, in bytes.
+constexpr int WEIGHTS_AHEAD = 3072;
+
+// Base weights, packed: panels of COLUMNS columns, [columns / 32, in, 32], so that a product reads memory in order.
+// bf16 columns c and c + 16 lie side by side: a shift widens sixteen of them, a mask the other sixteen.
+struct PairedBFloat16 {
+  uint16_t bits;
+};
+
+inline int place_in_panel(const float*, int column) { return column; }
+inline int place_in_panel(const PairedBFloat16*, int column) {
+  return column < COLUMNS / 2 ? 2 * column : 2 * (column - COLUMNS / 2) + 1;
+}
+
+inline float widen(PairedBFloat16 value) { return bits_of<float>(uint32_t(value.bits) << 16); }
+
+template <class T>
+inline void load_columns(const T* from, Floats (&columns)[REGISTERS]) {
+  for (int i = 0; i < REGISTERS; ++i) columns[i] = load(from + i * LANES);
+}
+inline void load_columns(const PairedBFloat16* from, Floats (&columns)[REGISTERS]) {
+  for (int i = 0; i < REGISTERS / 2; ++i) {
+    Words pairs;
+    std::memcpy(&pairs, from + 2 * i * LANES, sizeof pairs);
+    columns[i] = bits_of<Floats>(pairs << 16);
+    columns[i + REGISTERS / 2] = bits_of<Floats>(pairs & 0xffff0000u);
+  }
+}
+
+// Ask memory for as many bytes as a row of w has, `ahead` bytes past it.
+template <class W>
+inline void prefetch(const W* w, int ahead) {
+  for (size_t line = 0; line < COLUMNS * sizeof(W); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + line);
+}
+
+template <int R, int ahead, class W>
+inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
+                          size_t y_stride, bool add) {
+  Floats sums[R][REGISTERS];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
+  for (int k = 0; k < depth; ++k, w += w_stride) {
+    if constexpr (ahead > 0) prefetch(w, ahead);
+    Floats columns[REGISTERS];
+    load_columns(w, columns);
+    for (int r = 0; r < R; ++r) {
+      const Floats value = splat(x[r * x_stride + k]);
+      for (int i = 0; i < REGISTERS; ++i) sums[r][i] += value * columns[i];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < REGISTERS; ++i) store(y + r * y_stride + i * LANES, sums[r][i]);
+}
+
+template <int R, int ahead, class W>
+inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
+                          size_t y_stride, bool add) {
+  if (rows == R) return multiply_rows<R, ahead>(x, x_stride, w, w_stride, depth, y, y_stride, add);
+  if constexpr (R > 1) multiply_rest<R - 1, ahead>(rows, x, x_stride, w, w_stride, depth, y, y_stride, add);
+}
+
+// Semantics:
+//     y[i, c] = (add ? y[i, c] : 0) + sum over k, ascending:  x[i, k] * w[k, c]        for 32 columns c
+// Shape:
+//     x: [rows, depth], rows x_stride apart      float32
+//     w: [depth, 32], rows w_stride apart        float32, bf16 or packed bf16
+//     y: [rows, 32], rows y_stride apart         float32
+//     ahead: bytes past a row of w at which memory is asked for what comes next; 0 where w is in cache
+// Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
+template <int ahead = 0, class W>
+void multiply(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
+              size_t y_stride, bool add) {
+  for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride)
+    multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, w_stride, depth, y, y_stride, add);
+}
+
+}  // namespace multilora

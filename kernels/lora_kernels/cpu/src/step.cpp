@@ -1,0 +1,489 @@
+// One step of a Llama-family decoder with adapters, as one call: rows of (token, position, sequence, slot) to logits.
+//
+// Every thread runs the same program, phase by phase; the phases of a layer:
+//
+//     rows      x += down's output of the layer before;  h = norm(x)
+//     shrink    s = h A of every row's own adapter, for q, k and v              (only when a row has an adapter)
+//     panels    q, k, v = h W, 32 columns at a time
+//     expand    q, k, v += s B                                                  (as shrink)
+//     rows      rotate q and k;  k, v into the cache
+//     tiles     attention
+//     shrink, panels, expand        o
+//     rows      x += o;  h = norm(x)
+//     shrink, panels, expand        gate, up
+//     rows      silu(gate) * up
+//     shrink, panels, expand        down
+//
+// Activations are float32 throughout, weights and cache as stored; a value is rounded only into the cache.
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "memory.h"
+#include "multiply.h"
+#include "team.h"
+
+namespace multilora {
+namespace {
+
+constexpr int PAGE_ROWS = 16;  // rank rows in a page of the slot pool, as in layout.py
+
+// More rows than a product takes at once would each time widen the weights again. So they are widened first, this many
+// inputs at a time: 16 KiB of float32, half of a first-level cache.
+constexpr int WIDENED = 128;
+
+// Rows and ranks whose dot products are computed together: as many sums as hide the latency of one.
+#if defined(__AVX512F__)
+constexpr int DOT_ROWS = 4;
+#else
+constexpr int DOT_ROWS = 2;
+#endif
+constexpr int DOT_RANKS = 4;
+
+// An item of a shrink: this many rows of one slot by half a page, so that a lone adapter occupies several threads.
+constexpr int SHRINK_ROWS = 32;
+constexpr int SHRINK_RANKS = 8;
+
+// An item of an expand: columns of one segment. A page of B is read in sixteen streams, a line of each at a time; each
+// is asked for four lines ahead of itself.
+constexpr int EXPAND_COLUMNS = 8 * COLUMNS;
+constexpr int B_AHEAD = 256;
+
+int padded(int64_t columns) { return int((columns + COLUMNS - 1) / COLUMNS * COLUMNS); }
+
+// Base weights as they lie packed, by how activations' neighbours (adapters, cache) are stored.
+template <class T>
+struct Packed;
+template <>
+struct Packed<float> {
+  using Type = float;
+};
+template <>
+struct Packed<BFloat16> {
+  using Type = PairedBFloat16;
+};
+
+// Rows [first, first + rows) of the batch, of one slot.
+struct Segment {
+  int first, rows, slot;
+};
+
+// y[i, j] = scale * sum over k:  x[i, k] * a[j, k],  for R rows and DOT_RANKS ranks; lane k % LANES sums ascending k.
+template <int R, class T>
+inline void dot(const float* x, size_t x_stride, const T* a, int depth, float scale, float* y, size_t y_stride) {
+  Floats sums[R][DOT_RANKS] = {};
+  int k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    Floats ranks[DOT_RANKS];
+    for (int j = 0; j < DOT_RANKS; ++j) {
+      const T* from = a + size_t(j) * depth + k;
+      ranks[j] = load(from);
+      __builtin_prefetch(from + size_t(DOT_RANKS) * depth);  // the same inputs of the next ranks
+    }
+    for (int r = 0; r < R; ++r) {
+      const Floats values = load(x + r * x_stride + k);
+      for (int j = 0; j < DOT_RANKS; ++j) sums[r][j] += values * ranks[j];
+    }
+  }
+  if (k < depth)
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < DOT_RANKS; ++j)
+        sums[r][j] += load_some(x + r * x_stride + k, depth - k) * load_some(a + size_t(j) * depth + k, depth - k);
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < DOT_RANKS; ++j) y[r * y_stride + j] = sum(sums[r][j]) * scale;
+}
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual void step(const Batch& batch) = 0;
+};
+
+template <class T>
+class Decoder final : public Engine {
+ public:
+  using Weight = typename Packed<T>::Type;
+
+  Decoder(const Model& model, int threads)
+      : model_(model),
+        layers_(model.decoder, model.decoder + model.layers),
+        q_width_(padded(model.heads * model.head_dim)),
+        kv_width_(padded(model.kv_heads * model.head_dim)),
+        inner_(padded(model.inner)),
+        x_(padded(model.hidden)),
+        h_(padded(model.hidden)),
+        y_(padded(model.hidden)),
+        qkv_(q_width_ + 2 * kv_width_),
+        attended_(q_width_),
+        gate_up_(2 * inner_),
+        team_(threads) {
+    for (int thread = 0; thread < threads; ++thread) scratch_.push_back(std::make_unique<Scratch>(model));
+  }
+
+  void step(const Batch& batch) override {
+    prepare(batch);
+    team_.run([&](int thread) { program(batch, *scratch_[thread]); });
+  }
+
+ private:
+  // What a thread needs for itself.
+  struct Scratch {
+    explicit Scratch(const Model& model) : attention(model) {}
+    Attention<T> attention;
+    Buffer state, part;
+    alignas(64) float widened[WIDENED * COLUMNS];
+    alignas(64) T tail[PAGE_ROWS * COLUMNS];
+  };
+
+  void prepare(const Batch& batch) {
+    const size_t rows = batch.rows;
+    for (Rows* of : {&x_, &h_, &y_, &qkv_, &attended_, &gate_up_}) of->at_least(rows);
+    shrunk_.at_least(3 * rows * rank_columns());
+    segments_.clear();
+    tiles_.clear();
+    int context = 0;
+    const int most = scratch_[0]->attention.tile_rows();
+    for (int row = 0; row < batch.rows; ++row) {
+      const int slot = batch.slots[row], sequence = batch.sequences[row];
+      if (slot >= 0) {
+        if (segments_.empty() || segments_.back().slot != slot || segments_.back().rows == SHRINK_ROWS ||
+            segments_.back().first + segments_.back().rows != row)
+          segments_.push_back({row, 0, slot});
+        ++segments_.back().rows;
+      }
+      if (tiles_.empty() || tiles_.back().sequence != sequence || tiles_.back().rows == most)
+        tiles_.push_back({row, 0, sequence});
+      ++tiles_.back().rows;
+      context = std::max(context, batch.positions[row] + 1);
+    }
+    // With few tiles the parts of a long context are shared out; else a tile's parts are one thread's work.
+    const int items = int(tiles_.size() * model_.kv_heads);
+    parts_ = items < 4 * team_.size() ? Attention<T>::parts(context) : 1;
+    if (parts_ > 1) partial_.at_least(size_t(items) * parts_ * tile_state());
+  }
+
+  void program(const Batch& batch, Scratch& mine) {
+    const int rows = int(batch.rows);
+    for (const Layer& layer : layers_) {
+      const bool first = &layer == &layers_.front();
+      team_.each(rows, 1, [&](int row) {
+        if (first) embed(batch.tokens[row], x_[row]);
+        else residual(row);
+        norm(row, layer.input_norm, row);
+      });
+      linears(batch, mine, layer.linears + Q, 3, model_.hidden, h_, qkv_);
+      team_.each(rows, 1, [&](int row) { cache(batch, layer, row); });
+      attend(batch, layer, mine);
+      linears(batch, mine, layer.linears + O, 1, model_.heads * model_.head_dim, attended_, y_);
+      team_.each(rows, 1, [&](int row) {
+        residual(row);
+        norm(row, layer.post_attention_norm, row);
+      });
+      linears(batch, mine, layer.linears + GATE, 2, model_.hidden, h_, gate_up_);
+      team_.each(rows, 1, [&](int row) { activate(gate_up_[row]); });
+      linears(batch, mine, layer.linears + DOWN, 1, model_.inner, gate_up_, y_);
+    }
+    const int sampled = int(batch.sampled), vocab = padded(model_.vocab);
+    team_.each(sampled, 1, [&](int index) {
+      residual(batch.sampled_rows[index]);
+      norm(batch.sampled_rows[index], model_.norm, index);
+    });
+    project(mine, &model_.head, 1, sampled, int(model_.hidden), h_, batch.logits, vocab);
+    team_.each(sampled, 1, [&](int index) {
+      choose(batch.logits + size_t(index) * vocab, batch.best[index], batch.finite[index]);
+    });
+  }
+
+  // ---- Rows
+
+  // The row of a tied embedding is a column of the packed head.
+  void embed(int token, float* x) const {
+    const int hidden = int(model_.hidden);
+    if (model_.embedding != nullptr) {
+      const T* from = static_cast<const T*>(model_.embedding) + size_t(token) * hidden;
+      for (int k = 0; k < hidden; ++k) x[k] = widen(from[k]);
+    } else {
+      const Weight* panel = static_cast<const Weight*>(model_.head.weight) + size_t(token / COLUMNS) * hidden * COLUMNS;
+      const int place = place_in_panel(panel, token % COLUMNS);
+      for (int k = 0; k < hidden; ++k) x[k] = widen(panel[size_t(k) * COLUMNS + place]);
+    }
+  }
+
+  void residual(int row) {
+    float* x = x_[row];
+    const float* y = y_[row];
+    for (int k = 0; k < model_.hidden; ++k) x[k] += y[k];
+  }
+
+  // h[to] = x[row] / rms(x[row]) * weight
+  void norm(int row, const float* weight, int to) {
+    const int hidden = int(model_.hidden);
+    const float* x = x_[row];
+    float* h = h_[to];
+    Floats squares{};
+    for (int k = 0; k < hidden; k += LANES) {
+      const Floats values = load_some(x + k, hidden - k);
+      squares += values * values;
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / float(hidden) + model_.eps);
+    for (int k = 0; k < hidden; ++k) h[k] = x[k] * scale * weight[k];
+  }
+
+  // Rotate q in place and k on its way into the cache, in the halves-apart layout.
+  void cache(const Batch& batch, const Layer& layer, int row) {
+    float* qkv = qkv_[row];
+    const int dim = int(model_.head_dim), half = dim / 2, position = batch.positions[row];
+    const int size = int(model_.block_size), offset = position % size;
+    const float* cosine = model_.cosines + size_t(position) * half;
+    const float* sine = model_.sines + size_t(position) * half;
+    const auto rotate = [&](float* head) {
+      for (int i = 0; i < half; ++i) {
+        const float low = head[i], high = head[i + half];
+        head[i] = low * cosine[i] - high * sine[i];
+        head[i + half] = high * cosine[i] + low * sine[i];
+      }
+    };
+    for (int head = 0; head < model_.heads; ++head) rotate(qkv + head * dim);
+    const int64_t block = batch.block_tables[batch.sequences[row] * batch.max_blocks + position / size];
+    for (int head = 0; head < model_.kv_heads; ++head) {
+      float* k = qkv + q_width_ + head * dim;
+      const float* v = qkv + q_width_ + kv_width_ + head * dim;
+      rotate(k);
+      T* keys = static_cast<T*>(layer.keys) + (block * model_.kv_heads + head) * dim * size + offset;
+      T* values = static_cast<T*>(layer.values) + ((block * model_.kv_heads + head) * size + offset) * dim;
+      for (int d = 0; d < dim; ++d) {
+        narrow(k[d], keys[d * size]);
+        narrow(v[d], values[d]);
+      }
+    }
+  }
+
+  // gate = silu(gate) * up
+  void activate(float* gate) const {
+    for (int k = 0; k < inner_; k += LANES) {
+      const Floats g = load(gate + k);
+      store(gate + k, g / (exponential(-g) + 1.0f) * load(gate + inner_ + k));
+    }
+  }
+
+  // The first of the largest logits; infinity and NaN show in their product with 0.
+  void choose(const float* logits, int32_t& best, uint8_t& finite) const {
+    const int vocab = int(model_.vocab);
+    Floats most = splat(-std::numeric_limits<float>::infinity()), zeros{};
+    Ints ids{}, lanes = NUMBERS;
+    int c = 0;
+    for (; c + LANES <= vocab; c += LANES, lanes += LANES) {
+      const Floats values = load(logits + c);
+      const Ints better = values > most;
+      most = better ? values : most;
+      ids = better ? lanes : ids;
+      zeros += values * 0.0f;
+    }
+    float value = most[0], zero = sum(zeros);
+    best = ids[0];
+    for (int lane = 1; lane < LANES; ++lane)
+      if (most[lane] > value || (most[lane] == value && ids[lane] < best)) value = most[lane], best = ids[lane];
+    for (; c < vocab; ++c) {
+      if (logits[c] > value) value = logits[c], best = c;
+      zero += logits[c] * 0.0f;
+    }
+    finite = zero == 0.0f;
+  }
+
+  // ---- Attention
+
+  int tile_state() const {
+    const Attention<T>& attention = scratch_[0]->attention;
+    return attention.tile_rows() * int(model_.heads / model_.kv_heads) * attention.state_size();
+  }
+
+  void attend(const Batch& batch, const Layer& layer, Scratch& mine) {
+    const int kv_heads = int(model_.kv_heads), items = int(tiles_.size()) * kv_heads;
+    const auto parts_of = [&](const RowTile& tile) {
+      return Attention<T>::parts(batch.positions[tile.first + tile.rows - 1] + 1);
+    };
+    if (parts_ > 1)
+      team_.each(items * parts_, 1, [&](int item) {
+        const RowTile& tile = tiles_[item / parts_ / kv_heads];
+        if (item % parts_ < parts_of(tile))
+          mine.attention.part(tile, item / parts_ % kv_heads, item % parts_, layer, batch, qkv_,
+                              partial_.data() + size_t(item) * tile_state());
+      });
+    team_.each(items, 1, [&](int item) {
+      const RowTile& tile = tiles_[item / kv_heads];
+      const int kv_head = item % kv_heads, group = int(model_.heads / model_.kv_heads), queries = tile.rows * group;
+      const int size = mine.attention.state_size();
+      float* total = mine.state.at_least(tile_state());
+      float* computed = mine.part.at_least(tile_state());
+      for (int part = 0; part < parts_of(tile); ++part) {
+        const float* sums = computed;
+        if (parts_ > 1) sums = partial_.data() + (size_t(item) * parts_ + part) * tile_state();
+        else mine.attention.part(tile, kv_head, part, layer, batch, qkv_, computed);
+        if (part == 0) std::copy(sums, sums + queries * size, total);
+        else
+          for (int i = 0; i < queries; ++i) mine.attention.join(total + i * size, sums + i * size);
+      }
+      for (int i = 0; i < queries; ++i)
+        mine.attention.finish(total + i * size,
+                              attended_[tile.first + i / group] + (kv_head * group + i % group) * model_.head_dim);
+    });
+  }
+
+  // ---- Linears
+
+  int rank_columns() const { return int(model_.max_pages) * PAGE_ROWS; }
+
+  // Linears that share their input x, each with its adapters; their outputs lie side by side in y.
+  void linears(const Batch& batch, Scratch& mine, const Linear* linears, int count, int64_t depth, const Rows& x,
+               const Rows& y) {
+    const int rows = int(batch.rows);
+    if (!segments_.empty()) shrink(linears, count, int(depth), x, rows);
+    project(mine, linears, count, rows, int(depth), x, y[0], y.stride());
+    if (!segments_.empty()) expand(mine, linears, count, rows, y);
+  }
+
+  // s[slice, i, j] = scale * (x[i] . A[j]), for every row's own adapter and its ranks.
+  void shrink(const Linear* linears, int count, int depth, const Rows& x, int rows) {
+    const int columns = rank_columns(), groups = columns / SHRINK_RANKS;
+    team_.each(int(segments_.size()) * count * groups, 1, [&](int item) {
+      const int rank = item % groups * SHRINK_RANKS, index = item / groups % count;
+      const Segment& segment = segments_[item / groups / count];
+      const Linear& linear = linears[index];
+      const float scale = linear.scales[segment.slot];
+      for (int j = rank; j < std::min(rank + SHRINK_RANKS, int(linear.ranks[segment.slot])); j += DOT_RANKS) {
+        const int page = linear.pages[int64_t(segment.slot) * model_.max_pages + j / PAGE_ROWS];
+        const T* a = static_cast<const T*>(linear.a) + (size_t(page) * PAGE_ROWS + j % PAGE_ROWS) * depth;
+        float* s = shrunk_.data() + (size_t(index) * rows + segment.first) * columns + j;
+        int row = 0;
+        for (; row + DOT_ROWS <= segment.rows; row += DOT_ROWS)
+          dot<DOT_ROWS>(x[segment.first + row], x.stride(), a, depth, scale, s + size_t(row) * columns, columns);
+        for (; row < segment.rows; ++row)
+          dot<1>(x[segment.first + row], x.stride(), a, depth, scale, s + size_t(row) * columns, columns);
+      }
+    });
+  }
+
+  // y = x W, a panel of 32 columns an item.
+  void project(Scratch& mine, const Linear* linears, int count, int rows, int depth, const Rows& x, float* y,
+               int y_stride) {
+    int starts[4] = {};
+    for (int index = 0; index < count; ++index) starts[index + 1] = starts[index] + padded(linears[index].out) / COLUMNS;
+    const int grain = std::max(1, starts[count] / (16 * team_.size()));
+    team_.each(starts[count], grain, [&](int item) {
+      int index = 0;
+      while (item >= starts[index + 1]) ++index;
+      const Linear& linear = linears[index];
+      const int panel = item - starts[index];
+      const Weight* weight = static_cast<const Weight*>(linear.weight) + size_t(panel) * depth * COLUMNS;
+      float* out = y + size_t(item) * COLUMNS;
+      if (rows <= ROWS) multiply<WEIGHTS_AHEAD>(rows, x[0], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
+      else multiply_widened(mine.widened, rows, x[0], x.stride(), weight, depth, out, y_stride);
+    });
+  }
+
+  // As multiply, in the same order: sums wait in y from one block of inputs to the next.
+  static void multiply_widened(float* widened, int rows, const float* x, int x_stride, const Weight* weight, int depth,
+                               float* y, int y_stride) {
+    for (int start = 0; start < depth; start += WIDENED) {
+      const int here = std::min(WIDENED, depth - start);
+      for (int k = 0; k < here; ++k, weight += COLUMNS) {
+        prefetch(weight, WIDENED * COLUMNS * sizeof(Weight));
+        Floats columns[REGISTERS];
+        load_columns(weight, columns);
+        for (int i = 0; i < REGISTERS; ++i) store(widened + k * COLUMNS + i * LANES, columns[i]);
+      }
+      multiply(rows, x + start, x_stride, widened, COLUMNS, here, y, y_stride, start > 0);
+    }
+  }
+
+  // y += s B for every row's own adapter, over its ranks in ascending order; EXPAND_COLUMNS of a segment an item.
+  void expand(Scratch& mine, const Linear* linears, int count, int rows, const Rows& y) {
+    int starts[4] = {};
+    for (int index = 0; index < count; ++index)
+      starts[index + 1] = starts[index] + (padded(linears[index].out) + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS;
+    team_.each(int(segments_.size()) * starts[count], 1, [&](int item) {
+      const Segment& segment = segments_[item / starts[count]];
+      int index = 0, offset = 0;
+      for (item %= starts[count]; item >= starts[index + 1]; ++index) offset += padded(linears[index].out);
+      const Linear& linear = linears[index];
+      const int first = (item - starts[index]) * EXPAND_COLUMNS, end = std::min(first + EXPAND_COLUMNS, int(linear.out));
+      const int rank = linear.ranks[segment.slot], columns = rank_columns();
+      for (int j = 0; j < rank; j += PAGE_ROWS) {
+        const int page = linear.pages[int64_t(segment.slot) * model_.max_pages + j / PAGE_ROWS];
+        const int here = std::min(PAGE_ROWS, rank - j);
+        const float* s = shrunk_.data() + (size_t(index) * rows + segment.first) * columns + j;
+        const T* b = static_cast<const T*>(linear.b) + size_t(page) * PAGE_ROWS * linear.out;
+        for (int column = first; column < end; column += COLUMNS) {
+          float* out = y[segment.first] + offset + column;
+          if (column + COLUMNS <= linear.out) {
+            multiply<B_AHEAD>(segment.rows, s, columns, b + column, linear.out, here, out, y.stride(), true);
+          } else {  // the linear ends within this panel
+            std::memset(mine.tail, 0, sizeof mine.tail);
+            for (int r = 0; r < here; ++r)
+              std::memcpy(mine.tail + r * COLUMNS, b + r * linear.out + column, (end - column) * sizeof(T));
+            multiply(segment.rows, s, columns, mine.tail, COLUMNS, here, out, y.stride(), true);
+          }
+        }
+      }
+    });
+  }
+
+  const Model model_;
+  const std::vector<Layer> layers_;
+  const int q_width_, kv_width_, inner_;
+  Rows x_, h_, y_, qkv_, attended_, gate_up_;
+  int parts_ = 1;
+  std::vector<Segment> segments_;
+  std::vector<RowTile> tiles_;
+  Buffer shrunk_, partial_;
+  std::vector<std::unique_ptr<Scratch>> scratch_;
+  Team team_;  // last, so that its threads end before what they use
+};
+
+// [out, in] to panels [ceil(out / 32), in, 32], the columns past `out` zero.
+template <class Weight, class T>
+void pack(const T* from, int64_t out, int64_t in, Weight* to) {
+  for (int64_t first = 0; first < out; first += COLUMNS, to += in * COLUMNS) {
+    std::memset(static_cast<void*>(to), 0, in * COLUMNS * sizeof(Weight));
+    for (int column = 0; column < std::min<int64_t>(COLUMNS, out - first); ++column) {
+      const T* row = from + (first + column) * in;
+      Weight* place = to + place_in_panel(to, column);
+      for (int64_t k = 0; k < in; ++k) std::memcpy(place + k * COLUMNS, row + k, sizeof(T));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace multilora
+
+// ---- What Python calls. `bf16`: how weights, adapters and cache are stored; else float32.
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Null when there is no memory or no thread to be had.
+EXPORT void* multilora_open(const multilora::Model* model, int threads, int bf16) try {
+  using namespace multilora;
+  Engine* engine = bf16 ? static_cast<Engine*>(new Decoder<BFloat16>(*model, threads)) : new Decoder<float>(*model, threads);
+  return engine;
+} catch (...) {
+  return nullptr;
+}
+
+// 0, or 1 when there is no memory for so many rows. Every index in `batch` has been checked by the caller.
+EXPORT int multilora_step(void* engine, const multilora::Batch* batch) try {
+  static_cast<multilora::Engine*>(engine)->step(*batch);
+  return 0;
+} catch (...) {
+  return 1;
+}
+
+EXPORT void multilora_close(void* engine) { delete static_cast<multilora::Engine*>(engine); }
+
+EXPORT void multilora_pack(const void* from, int64_t out, int64_t in, void* to, int bf16) {
+  using namespace multilora;
+  if (bf16) pack(static_cast<const BFloat16*>(from), out, in, static_cast<PairedBFloat16*>(to));
+  else pack(static_cast<const float*>(from), out, in, static_cast<float*>(to));
+}

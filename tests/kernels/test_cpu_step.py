@@ -1,0 +1,191 @@
+"""The compiled step against its definition, and the promise: a request's bits are its own, whoever shares its batch."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_kernels import BASE_ROW
+from lora_kernels.cpu import CpuCache, InvalidStepError, load_library
+from lora_kernels.cpu.build import LEVELS, level_of_this_machine
+from tests.kernels.cpu_model import Machine, RandomModel, Story, alone, random_sequences, small_shape
+
+TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
+"""Of logits of order five after two layers; in bf16 a key or value on the edge between two may round either way."""
+
+RUNNABLE = list(LEVELS)[list(LEVELS).index(level_of_this_machine()) :]
+SHAPES: dict[str, dict[str, int]] = {
+    "odd": {},
+    "one kv head a head": {"heads": 3, "kv_heads": 3, "head_dim": 64},
+    "wide heads": {"heads": 4, "kv_heads": 1, "head_dim": 128, "hidden": 64},
+    "heads of 96": {"heads": 2, "kv_heads": 2, "head_dim": 96, "inner": 33},
+}
+
+
+@pytest.fixture(params=RUNNABLE)
+def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    return load_library(request.param)
+
+
+def check(model: RandomModel, stories: list[Story], found: list[Tensor]) -> None:
+    for story, logits in zip(stories, found, strict=True):
+        expected = model.reference(story.tokens, story.adapter)
+        assert float((logits.double() - expected).abs().max()) < TOLERANCES[model.shape.dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_prompts_and_single_tokens_mixed(library: ctypes.CDLL, dtype: torch.dtype, tied: bool) -> None:
+    """In one step a prompt, the rest of another and the next token of a third."""
+    model = RandomModel(small_shape(dtype), tied=tied)
+    stories = random_sequences(1, [40, 23, 70, 9], adapters=3)
+    steps = [[(0, 39), (1, 5)], [(0, 1), (1, 18), (2, 65)], [(2, 1), (3, 9)], *[[(2, 1)]] * 4]
+    check(model, stories, Machine(model, threads=2, library=library).run(stories, steps))
+
+
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_shapes(sizes: dict[str, int]) -> None:
+    model = RandomModel(small_shape(**sizes))
+    stories = random_sequences(2, [33, 21, 34, 5], adapters=3)
+    steps = [[(0, 33), (1, 21), (2, 33), (3, 5)], [(2, 1)]]
+    check(model, stories, Machine(model).run(stories, steps))
+
+
+def test_a_context_of_several_parts() -> None:
+    """Past 512 positions attention is summed in parts."""
+    model = RandomModel(small_shape())
+    stories = random_sequences(3, [1100], adapters=3)
+    check(model, stories, Machine(model, threads=2).run(stories, [[(0, 600)], [(0, 499)], [(0, 1)]]))
+
+
+@functools.cache
+def machine(threads: int, seed: int, dtype: torch.dtype) -> Machine:
+    """The seed shuffles slots, pages and blocks; the model is the same."""
+    return Machine(RandomModel(small_shape(dtype)), threads=threads, seed=seed)
+
+
+@functools.cache
+def solo_logits(length: int, index: int, dtype: torch.dtype) -> Tensor:
+    """A token a step, nobody beside it: what every other way must equal bit by bit."""
+    return alone(machine(1, 0, dtype), story(length, index))
+
+
+def story(length: int, index: int) -> Story:
+    return random_sequences(10 * length + index, [length] * (index + 1), adapters=3)[index]
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]]:
+    """Stories by (length, index), and steps that take any part of any of them until all are done."""
+    lengths = [1, 15, 16, 17, 60, 64, 65, 130, 520]
+    stories = draw(st.lists(st.tuples(st.sampled_from(lengths), st.integers(0, 3)), min_size=1, max_size=5))
+    left = {index: length for index, (length, _) in enumerate(stories)}
+    steps = []
+    while left:
+        chosen = draw(st.lists(st.sampled_from(sorted(left)), min_size=1, unique=True))
+        step = []
+        for index in chosen:
+            least = max(1, left[index] // 4)  # so that schedules end
+            count = draw(st.integers(least, left[index]))
+            step.append((index, count))
+            left[index] -= count
+            if not left[index]:
+                del left[index]
+        steps.append(step)
+    return stories, steps
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@settings(max_examples=15, deadline=None)
+@given(schedule=schedules(), threads=st.integers(1, 3), seed=st.integers(0, 3))
+def test_bits_do_not_depend_on_the_batch(dtype: torch.dtype, schedule: Any, threads: int, seed: int) -> None:
+    """Any company, any chunks, any slots, pages and blocks, any number of threads."""
+    named, steps = schedule
+    found = machine(threads, seed, dtype).run([story(*name) for name in named], steps)
+    for name, logits in zip(named, found, strict=True):
+        assert torch.equal(logits, solo_logits(*name, dtype)), f"a story of {name} differs"
+
+
+def test_the_best_token_comes_with_the_step() -> None:
+    found = machine(1, 0, torch.float32).result(story(60, 1))
+    assert found.finite.all()
+    assert found.best.tolist() == found.logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e38])
+def test_a_neighbours_overflow_stays_its_own(value: float) -> None:
+    model = RandomModel(small_shape())
+    poisoned = Machine(model)
+    slot = poisoned.slots[0]
+    for layer in poisoned.lora:
+        for name, table in poisoned.tables.items():
+            for index, pages in enumerate(table.pages):
+                for page in pages[slot]:
+                    layer[name].a[index, page * 16] = value
+                    layer[name].b[index][page * 16] = value
+    stories = [story(17, 0), Story(story(65, 2).tokens, 0), story(64, 2), story(65, 3)]
+    found = poisoned.run(stories, [[(i, len(s.tokens)) for i, s in enumerate(stories)]])
+    assert not found[1].isfinite().all(-1).any()
+    for index, name in ((0, (17, 0)), (2, (64, 2)), (3, (65, 3))):
+        assert torch.equal(found[index], solo_logits(*name, torch.float32))
+    bad = poisoned.result(stories[1])
+    assert not bad.finite.any()
+
+
+BAD_VALUES: dict[str, tuple[str, Any]] = {
+    "a token past the vocabulary": ("tokens", 101),
+    "a negative token": ("tokens", -1),
+    "a position past the rotary table": ("positions", 1200),
+    "a negative position": ("positions", -1),
+    "a gap in the positions": ("positions", 3),
+    "a slot past the pool": ("slots", 4),
+    "a slot below the base's": ("slots", -2),
+    "two slots in a sequence": ("slots", 1),
+    "a sequence without a block table": ("sequences", 1),
+    "a negative sequence": ("sequences", -1),
+    "a block past the cache": ("block_tables", 400),
+    "a block that is none": ("block_tables", -1),
+    "a row that is not there": ("sampled_rows", 20),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_VALUES.values(), ids=BAD_VALUES)
+def test_indices_are_refused_before_the_call(name: str, value: int) -> None:
+    tried = machine(1, 0, torch.float32)
+    good = tried.batch([(Story([1] * 20, BASE_ROW), 0, 20, [5, 6])])
+    bad = getattr(good, name).copy()
+    bad.flat[-1] = value
+    with pytest.raises(InvalidStepError, match=name if "sequence" not in name else "sequence"):
+        tried.decoder.step(dataclasses.replace(good, **{name: bad}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"positions": np.zeros(19, np.int32)},
+        {"slots": np.zeros(20, np.int64)},
+        {"tokens": np.zeros(40, np.int32)[::2]},
+        {"block_tables": np.zeros((1, 1), np.int32)},
+        {name: np.zeros(0, np.int32) for name in ("tokens", "positions", "slots", "sequences", "sampled_rows")},
+    ],
+    ids=["short", "of another type", "with strides", "too few blocks", "empty"],
+)
+def test_arrays_are_refused_before_the_call(change: dict[str, Any]) -> None:
+    tried = machine(1, 0, torch.float32)
+    good = tried.batch([(Story([1] * 20, BASE_ROW), 0, 20, [5, 6])])
+    with pytest.raises(InvalidStepError):
+        tried.decoder.step(dataclasses.replace(good, **change))
+
+
+def test_blocks_hold_whole_groups_of_positions() -> None:
+    with pytest.raises(ValueError, match="multiples of 16"):
+        CpuCache(torch.zeros(1, 2, 1, 16, 8), torch.zeros(1, 2, 1, 8, 16))
