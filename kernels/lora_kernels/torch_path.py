@@ -17,8 +17,12 @@ from torch import Tensor
 
 from lora_kernels.layout import ActiveSet, GatheredWeights, LoraBatch, LoraWeights, RankRows
 
-SEGMENT_ROWS = 16
-"""Rows a run has on average from which runs are multiplied apart. @MEASURED@
+SEGMENT_ROWS = 8
+"""Rows a run has on average from which runs are multiplied apart.
+
+Measured on an AVX2 core, float32, SmolLM2-135M's linears, rank 16, CPU milliseconds a layer, together / apart: 8
+adapters with 1, 4, 8 and 64 rows each 2.6 / 2.8, 5.2 / 3.9, 6.5 / 3.2 and 23 / 11; 2 adapters with 4, 8 and 64
+rows each 0.56 / 0.70, 0.55 / 0.43 and 4.4 / 3.9.
 """
 
 

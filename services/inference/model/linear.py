@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDEN_FROM_ROWS = 4
+WIDEN_FROM_ROWS = 6
 """Rows from which a bfloat16 product without bfloat16 instructions is taken in float32.
 
-Measured on two AVX2 cores, weight [960, 576], µs for 1 / 8 / 64 / 512 rows: as it is 90 / 585 / 4,577 / 32,017,
-widened first 189 / 364 / 697 / 4,125. About 70 a row against 160 and 25 a row: they meet at 3 to 4.
+Measured on an AVX2 core, CPU milliseconds a decode step of SmolLM2-135M (other programs ran beside it), rows 4 / 8: as
+it is 234 / 422, all widened 269 / 354. About 45 a row against 190 and 20 a row: they meet between 5 and 8.
 """
 _CHUNK_ELEMENTS = 1 << 20
 """Weights widened at a time: 4 MB beside the model, where the head alone would take 100 and more."""
