@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from services.bench.load.plots import plot
-from services.bench.results import Figure, Result, print_table
+from services.bench.results import Figure, Result, print_table, write_lines
 from services.inference.config import SchedulerConfig
 from services.inference.engine.request import AdapterVersion, Request, RequestStatus, SamplingParams, StoppingParams
 from services.inference.engine.scheduler import Scheduler
@@ -170,11 +170,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = run(arguments.steps, arguments.seed, arguments.plot)
     print_table([result], Console(stderr=True), "The scheduler alone")
-    if arguments.out is None:
-        print(result.to_json())
-    else:
-        with arguments.out.open("a") as out:
-            out.write(result.to_json() + "\n")
+    write_lines([result], arguments.out)
     sys.exit(0 if all(figure.passed for figure in result.figures) else 1)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,16 @@ def device() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {"cpu": model or platform.machine(), "cores": os.cpu_count(), "kernel": platform.release()}
+
+
+def write_lines(results: Sequence[Result], out: Path | None) -> None:
+    """Append a JSON line a result to `out`; without it to standard output."""
+    lines = "".join(f"{result.to_json()}\n" for result in results)
+    if out is None:
+        sys.stdout.write(lines)
+    else:
+        with out.open("a") as file:
+            file.write(lines)
 
 
 def print_table(results: Sequence[Result], console: Console, title: str) -> None:

@@ -26,7 +26,7 @@ from services.bench.churn.moves import moves
 from services.bench.churn.slots import slots
 from services.bench.fleet import register_fleet
 from services.bench.progress import console, says
-from services.bench.results import Result, print_table
+from services.bench.results import Result, print_table, write_lines
 
 FLEET = RESIDENT + COLD
 FULL = Sizes(rounds=5, prompts=64, input_len=64, output_len=64, seconds=20, registered=10_000)
@@ -55,12 +55,7 @@ def main() -> int:
     began = time.monotonic()
     model = (options.model or servers.embedded_model()).resolve()
     results = run(options.only, model, tuple(shlex.split(options.server_flags)), QUICK if options.quick else FULL)
-    lines = "".join(f"{result.to_json()}\n" for result in results)
-    if options.out is None:
-        sys.stdout.write(lines)
-    else:
-        with options.out.open("a") as file:
-            file.write(lines)
+    write_lines(results, options.out)
     print_table(results, console, f"Churn, {time.monotonic() - began:.0f} s")
     return int(any(figure.passed is False for result in results for figure in result.figures))
 

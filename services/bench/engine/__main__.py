@@ -24,7 +24,7 @@ from services.bench.engine.bandwidth import ReadBandwidth
 from services.bench.engine.steps import MAX_RANK, Bare
 from services.bench.memory import resident_bytes
 from services.bench.progress import console, says
-from services.bench.results import Figure, Result, print_table, spread
+from services.bench.results import Figure, Result, print_table, spread, write_lines
 
 CONTEXT, PROMPT = 128, 64
 OVER_FLOOR, ETA, DISTINCT = 1.3, 0.6, 1.5
@@ -56,12 +56,7 @@ def main() -> int:
     model = (options.model or servers.embedded_model()).resolve()
     sizes = Sizes(steps=8, rounds=2) if options.quick else Sizes()
     results = run(model, sizes, backend=options.backend, dtype=options.dtype, threads=options.threads)
-    lines = "".join(f"{result.to_json()}\n" for result in results)
-    if options.out is None:
-        sys.stdout.write(lines)
-    else:
-        with options.out.open("a") as file:
-            file.write(lines)
+    write_lines(results, options.out)
     print_table(results, console, f"Engine, {time.monotonic() - began:.0f} s")
     return int(any(figure.passed is False for result in results for figure in result.figures))
 
