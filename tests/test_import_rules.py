@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROTO_USERS = {
     "services/adapter_store/admin_servicer.py",
     "services/adapter_store/receiving.py",
-    "services/adapter_store/server.py",
     "services/adapter_store/servicer.py",
     "services/adapter_store/convert.py",
+    "services/common/wire.py",
     "services/inference/servicer.py",
     "services/inference/control_servicer.py",
     "services/inference/conversion.py",

@@ -17,6 +17,7 @@ from services.adapter_store.config import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_PORT
 from services.adapter_store.server import make_server, serving
 from services.adapter_store.store import AdapterStore
 from services.common.errors import InvalidArgument, MultiloraError
+from services.common.process import settle
 from services.common.rpc import wait_for_signal
 
 PROGRAM = "multilora-adapter-store"
@@ -137,6 +138,7 @@ async def serve(config: StoreConfig) -> None:
         delete_grace=config.delete_grace,
     )
     store.heal()
+    settle()
     async with serving(server, store, stop_grace=STOP_GRACE_SECONDS):
         print(f"listening on {config.host}:{port}", flush=True)
         log.info("blobs and log in %s, index in %s", config.blobs_place, config.index_shown)

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Any, TypeVar
 
+import grpc
 import grpc.aio
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
@@ -20,6 +21,7 @@ from services.adapter_store.store import AdapterStore
 from services.common.errors import InvalidArgument
 from services.common.profile import DEFAULT_LORA_RANK, profile_from_config
 from services.common.references import parse_name
+from services.common.wire import ADMIN_SERVICE, UploadPart, parse_part
 
 # A read and a message each, as for pulls.
 DOWNLOAD_CHUNK_BYTES = 1 << 20
@@ -34,6 +36,19 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         self._store = store
         self._workers = workers
         self._upkeep = upkeep
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        admin_pb2_grpc.add_AdapterAdminServiceServicer_to_server(self, server)
+        # once more, with deserialisers that leave the bytes where they are
+        register: grpc.RpcMethodHandler[UploadPart | None, admin_pb2.RegisterVersionResponse]
+        register = grpc.stream_unary_rpc_method_handler(
+            self.RegisterVersion, parse_part, admin_pb2.RegisterVersionResponse.SerializeToString
+        )
+        validate: grpc.RpcMethodHandler[UploadPart | None, admin_pb2.ValidateVersionResponse]
+        validate = grpc.stream_unary_rpc_method_handler(
+            self.ValidateVersion, parse_part, admin_pb2.ValidateVersionResponse.SerializeToString
+        )
+        server.add_registered_method_handlers(ADMIN_SERVICE, {"RegisterVersion": register, "ValidateVersion": validate})
 
     async def RegisterBaseModel(
         self, request: admin_pb2.RegisterBaseModelRequest, context: Context
@@ -56,8 +71,8 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         profiles = await asyncio.to_thread(self._store.catalog.base_models)
         return admin_pb2.ListBaseModelsResponse(base_models=map(convert.profile_message, profiles))
 
-    async def RegisterVersion(
-        self, request_iterator: AsyncIterator[admin_pb2.RegisterVersionRequest], context: Context
+    async def RegisterVersion(  # type: ignore[override]  # its requests come as parts: see add_to
+        self, request_iterator: AsyncIterator[UploadPart | None], context: Context
     ) -> admin_pb2.RegisterVersionResponse:
         header = convert.upload_header(await receive_header(request_iterator))
         upload = await asyncio.to_thread(self._store.registration.begin_upload, header)
@@ -82,8 +97,8 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
             warnings=registered.version.content.warnings,
         )
 
-    async def ValidateVersion(
-        self, request_iterator: AsyncIterator[admin_pb2.ValidateVersionRequest], context: Context
+    async def ValidateVersion(  # type: ignore[override]  # as above
+        self, request_iterator: AsyncIterator[UploadPart | None], context: Context
     ) -> admin_pb2.ValidateVersionResponse:
         header = convert.upload_header(await receive_header(request_iterator))
         upload = await asyncio.to_thread(self._store.registration.begin_upload, header)

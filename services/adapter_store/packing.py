@@ -1,15 +1,14 @@
 """Writes an adapter in the packed layout of services/common/packed.py.
 
 Tensor by tensor, so memory holds one transposed B a thread at most; deterministic, so the same content has one pack
-digest.
-Two passes: the header comes first and carries the runs' checksums, and hashing the file as it is written needs the
-header's bytes before any run's.
+digest. The header comes first in the file and is written last: it carries the runs' checksums.
 """
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
@@ -29,8 +28,9 @@ from services.common.packed import (
 )
 
 Buffer = bytes | memoryview
+WriteAt = Callable[[int, Buffer], None]  # offset in the file, bytes
 
-_CHECKSUM_THREADS = 2  # runs are independent, and zlib and numpy let go of the interpreter
+_THREADS = 2  # runs are independent, and zlib, numpy and the disk let go of the interpreter
 
 
 def pack(
@@ -39,29 +39,46 @@ def pack(
     *,
     content_digest: str,
     base_model: str,
-    write: Callable[[Buffer], None],
+    write_at: WriteAt,
 ) -> PackedHeader:
-    """Pack `modules`, which stand in layer order, from the mapped safetensors file; `write` gets the bytes in order."""
+    """Pack `modules`, which stand in layer order, from the mapped safetensors file.
+
+    `write_at` is called from several threads; what it is not given is zeros.
+    """
     sources = {module.name: module for module in modules}
-    placed, sizes = _place(modules)
+    placed, runs = _place(modules)
 
-    def checksummed(index: int) -> PackedLayer:
-        (offset, size), crc = sizes[index], 0
-        for piece in _run(index, offset, placed, sources, weights):
-            crc = zlib.crc32(piece, crc)
-        return PackedLayer(index, offset, size, f"{crc:08x}")
+    def header(layers: Iterable[PackedLayer]) -> PackedHeader:
+        return PackedHeader(content_digest, base_model, tuple(layers), tuple(placed))
 
-    with ThreadPoolExecutor(_CHECKSUM_THREADS, "checksum") as threads:
-        layers = list(threads.map(checksummed, sizes))
-    header = PackedHeader(content_digest, base_model, tuple(layers), tuple(placed))
-    write(encode_header(header))
-    end = 0
-    for layer in layers:
-        write(b"\0" * (layer.offset - end))
-        for piece in _run(layer.index, layer.offset, placed, sources, weights):
-            write(piece)
-        end = layer.offset + layer.size
-    return header
+    # a checksum of any value takes as much room
+    payload = len(encode_header(header(PackedLayer(index, *run, f"{0:08x}") for index, run in runs.items())))
+
+    def write_run(index: int) -> PackedLayer:
+        start, size = runs[index]
+        crc, end = 0, start
+        for offset, piece in _tensors(index, placed, sources, weights):
+            write_at(payload + offset, piece)
+            crc = zlib.crc32(piece, zlib.crc32(b"\0" * (offset - end), crc))
+            end = offset + len(piece)
+        return PackedLayer(index, start, size, f"{crc:08x}")
+
+    with ThreadPoolExecutor(_THREADS, "pack") as threads:
+        packed = header(threads.map(write_run, runs))
+    write_at(0, encode_header(packed))
+    return packed
+
+
+def into(memory: bytearray) -> WriteAt:
+    """For `pack`: the file's bytes in memory, which grows."""
+    lock = threading.Lock()
+
+    def write_at(offset: int, data: Buffer) -> None:
+        with lock:
+            memory.extend(bytes(max(0, offset + len(data) - len(memory))))
+            memory[offset : offset + len(data)] = data
+
+    return write_at
 
 
 def _place(modules: tuple[CheckedModule, ...]) -> tuple[list[PackedModule], dict[int, tuple[int, int]]]:
@@ -94,17 +111,12 @@ def _place(modules: tuple[CheckedModule, ...]) -> tuple[list[PackedModule], dict
     return placed, runs
 
 
-def _run(
-    layer: int, offset: int, placed: list[PackedModule], sources: dict[str, CheckedModule], weights: memoryview
-) -> Iterator[Buffer]:
-    """The bytes of one layer's run, piece by piece, with the zeros between tensors."""
-    end = offset
+def _tensors(
+    layer: int, placed: list[PackedModule], sources: dict[str, CheckedModule], weights: memoryview
+) -> Iterator[tuple[int, memoryview]]:
+    """One layer's tensors in order, each with its offset in the payload."""
     for module in placed:
-        if module.layer != layer:
-            continue
-        source = sources[module.name]
-        yield b"\0" * (module.a_offset - end)
-        yield weights[source.a.begin : source.a.end]
-        yield b"\0" * (module.b_offset - module.a_offset - module.a_bytes)
-        yield np.ascontiguousarray(bits_of(weights, source.b).T).data.cast("B")
-        end = module.b_offset + module.b_bytes
+        if module.layer == layer:
+            source = sources[module.name]
+            yield module.a_offset, weights[source.a.begin : source.a.end]
+            yield module.b_offset, np.ascontiguousarray(bits_of(weights, source.b).T).data.cast("B")

@@ -130,8 +130,10 @@ class Registration:
             synced = beside.submit(upload.weights.sync)  # while they are checked and packed
             checked = validate(upload.config.read(), weights, profile, header.overrides)
             contents = pack(
-                checked.modules, weights, content_digest=digest, base_model=profile.name, write=packed.write
+                checked.modules, weights, content_digest=digest, base_model=profile.name, write_at=packed.write_at
             )
+            synced.result()
+            synced = beside.submit(packed.sync)  # while it is hashed
             content = VersionContent(
                 content_digest=digest,
                 config_digest=upload.config.digest,

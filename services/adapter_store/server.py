@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
 from services.adapter_store.admin_servicer import AdapterAdminServicer
 from services.adapter_store.feed import HEARTBEAT_SECONDS, Feed
 from services.adapter_store.servicer import SERVICE, AdapterStoreServicer
 from services.adapter_store.store import AdapterStore
 from services.common.rpc import GrpcServer
+from services.common.wire import ADMIN_SERVICE
 
 # Validation and packing keep a core busy each; more at once would only take cores from resolves and pulls.
 WORKER_THREADS = 2
@@ -19,12 +19,7 @@ WORKER_THREADS = 2
 
 def make_server() -> GrpcServer:
     """A server to bind; nothing is served before `serving`."""
-    return GrpcServer(
-        [
-            SERVICE,
-            admin_pb2.DESCRIPTOR.services_by_name["AdapterAdminService"].full_name,
-        ]
-    )
+    return GrpcServer([SERVICE, ADMIN_SERVICE])
 
 
 @contextlib.asynccontextmanager
@@ -35,9 +30,7 @@ async def serving(
     with ThreadPoolExecutor(WORKER_THREADS, "worker") as workers, ThreadPoolExecutor(1, "upkeep") as upkeep:
         async with Feed(store.journal, store.journal.index, heartbeat=heartbeat) as feed:
             AdapterStoreServicer(store, feed).add_to(server.server)
-            admin_pb2_grpc.add_AdapterAdminServiceServicer_to_server(
-                AdapterAdminServicer(store, workers, upkeep), server.server
-            )
+            AdapterAdminServicer(store, workers, upkeep).add_to(server.server)
             await server.start()
             await server.set_serving(True)
             try:

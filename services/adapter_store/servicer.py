@@ -17,6 +17,7 @@ from services.adapter_store.feed import Feed
 from services.adapter_store.store import AdapterStore
 from services.common.errors import DataLoss
 from services.common.references import parse_reference
+from services.common.wire import MAX_HEAD_BYTES, pull_head
 
 # A read and a message each. With 64 pulls at once, messages of 1 MiB took three times the memory; what has to be waited
 # for, as from S3, is held longest.
@@ -25,29 +26,14 @@ CACHED_CHUNK_BYTES = 512 << 10
 
 SERVICE = store_pb2.DESCRIPTOR.services_by_name["AdapterStoreService"].full_name
 
-# The data's field in a PullAdapterResponse, which is written by hand: protobuf would copy the bytes twice more.
-_DATA_TAG = bytes([store_pb2.PullAdapterResponse.DATA_FIELD_NUMBER << 3 | 2])
-_HEAD_BYTES = 32  # the most that comes before the data: two tags and two varints
-
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def pull_head(length: int, total_size: int) -> bytes:
-    """What a serialised PullAdapterResponse with so much data begins with; the data's bytes end it."""
-    head, rest = bytearray(store_pb2.PullAdapterResponse(total_size=total_size).SerializeToString()), length
-    head += _DATA_TAG
-    while rest >= 0x80:
-        head.append(rest & 0x7F | 0x80)
-        rest >>= 7
-    head.append(rest)
-    return bytes(head)
 
 
 class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
     def __init__(self, store: AdapterStore, feed: Feed) -> None:
         self._store = store
         self._feed = feed
-        self._scratch = memoryview(bytearray(_HEAD_BYTES + CACHED_CHUNK_BYTES))
+        self._scratch = memoryview(bytearray(MAX_HEAD_BYTES + CACHED_CHUNK_BYTES))
 
     def add_to(self, server: grpc.aio.Server) -> None:
         store_pb2_grpc.add_AdapterStoreServiceServicer_to_server(self, server)
@@ -86,16 +72,16 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
     async def _read(self, reader: BlobReader, offset: int, left: int, total_size: int) -> tuple[bytes, int]:
         """The next message, and how many of the blob's bytes it holds; a thread reads what has to be waited for."""
         # shared by all pulls: nothing is awaited before it is copied
-        count = reader.read_now(self._scratch[_HEAD_BYTES : _HEAD_BYTES + min(left, CACHED_CHUNK_BYTES)], offset)
+        count = reader.read_now(self._scratch[MAX_HEAD_BYTES : MAX_HEAD_BYTES + min(left, CACHED_CHUNK_BYTES)], offset)
         if not count:
             data = await asyncio.to_thread(reader.read, offset, min(left, PULL_CHUNK_BYTES))
             if not data:
                 raise DataLoss("BLOB_CUT_SHORT", f"the blob ends {left} bytes early; verify the store")
             return pull_head(len(data), total_size) + data, len(data)
         head = pull_head(count, total_size)
-        begin = _HEAD_BYTES - len(head)
-        self._scratch[begin:_HEAD_BYTES] = head
-        return bytes(self._scratch[begin : _HEAD_BYTES + count]), count
+        begin = MAX_HEAD_BYTES - len(head)
+        self._scratch[begin:MAX_HEAD_BYTES] = head
+        return bytes(self._scratch[begin : MAX_HEAD_BYTES + count]), count
 
     async def WatchAdapters(
         self, request: store_pb2.WatchAdaptersRequest, context: Context

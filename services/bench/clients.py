@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 
 import grpc
@@ -10,6 +10,8 @@ import grpc.aio
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
 from services.bench.adapters import BASE_MODEL, CONFIG_FILE, WEIGHTS_FILE, Files, base_config
+from services.cli.uploads import CHUNK_BYTES as UPLOAD_CHUNK_BYTES
+from services.common.wire import AdminStub, Chunk, UploadPart
 
 CHUNK_BYTES = 1 << 20
 # Every client has connections of its own, as a replica has.
@@ -41,21 +43,21 @@ async def register(channel: grpc.aio.Channel, name: str, files: Files) -> str:
 async def upload(
     channel: grpc.aio.Channel, name: str, files: Files, base_model: str
 ) -> admin_pb2.RegisterVersionResponse:
-    async def messages() -> AsyncIterator[admin_pb2.RegisterVersionRequest]:
-        header = admin_pb2.RegisterVersionHeader(adapter=name, base_model=base_model)
-        yield admin_pb2.RegisterVersionRequest(header=header)
+    async def parts() -> AsyncIterator[UploadPart]:
+        yield admin_pb2.RegisterVersionHeader(adapter=name, base_model=base_model)
         for file, content in ((CONFIG_FILE, files.config), (WEIGHTS_FILE, files.weights)):
-            for data in _chunks(content):
-                yield admin_pb2.RegisterVersionRequest(chunk=admin_pb2.FileChunk(file=file, data=data))
+            for data in _chunks(content, UPLOAD_CHUNK_BYTES):
+                yield Chunk(file, data)
 
-    return await admin_pb2_grpc.AdapterAdminServiceStub(channel).RegisterVersion(messages())
+    answer: admin_pb2.RegisterVersionResponse = await AdminStub(channel).RegisterVersion(parts())
+    return answer
 
 
 async def bare_upload(channel: grpc.aio.Channel, files: Files) -> None:
     async def messages() -> AsyncIterator[bytes]:
         for content in (files.config, files.weights):
-            for data in _chunks(content):
-                yield data
+            for data in _chunks(content, CHUNK_BYTES):
+                yield bytes(data)
 
     upload: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary("/bare/Upload")
     await upload(messages())
@@ -79,5 +81,6 @@ async def bare_download(channel: grpc.aio.Channel, path: str) -> int:
     return received
 
 
-def _chunks(content: bytes | bytearray) -> list[bytes]:
-    return [bytes(content[start : start + CHUNK_BYTES]) for start in range(0, len(content), CHUNK_BYTES)]
+def _chunks(content: bytes | bytearray, size: int) -> Iterator[memoryview]:
+    whole = memoryview(content)
+    return (whole[start : start + size] for start in range(0, len(content), size))

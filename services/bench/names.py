@@ -24,7 +24,6 @@ WATCH_P99_MS = 100.0
 LAST_PAGE = 1.5
 PAGE_SIZE = 1000
 MOVE_INTERVAL_SECONDS = 0.05
-SETTLE_SECONDS = 0.5
 
 Call = Callable[[], Awaitable[object]]
 
@@ -165,14 +164,15 @@ def starting(
 async def watching(store: Service, *, index: str, watchers: int, moves: int) -> Result:
     """An alias moves; how long after it was asked for does each watcher, on a connection of its own, hear of it?
 
-    The time that the move itself takes, two syncs of the disk, is part of that, and shown beside it. One move before
-    them is not counted: the stores share a log, and it takes in what another one wrote.
+    The time that the move itself takes, two syncs of the disk, is part of that, and shown beside it. One move, which
+    every watcher hears of first, is not counted: the stores share a log, and it brings what another one wrote.
     """
     name, delays, sent = f"{TENANT}/{adapter_name(0)}", list[float](), dict[str, float]()
     acknowledged: list[float] = []
     async with AsyncExitStack() as stack:
         channels = [await stack.enter_async_context(clients.connect(store.address)) for _ in range(watchers)]
-        ready = [asyncio.Event() for _ in channels]
+        ready, caught_up = ([asyncio.Event() for _ in channels] for _ in range(2))
+        first = f"{index.lower()}-first"
 
         async def watch(number: int) -> None:
             heard = 0
@@ -180,6 +180,8 @@ async def watching(store: Service, *, index: str, watchers: int, moves: int) -> 
             async for event in stub.WatchAdapters(store_pb2.WatchAdaptersRequest()):
                 if event.reset or event.heartbeat:
                     ready[number].set()
+                elif event.alias == first:
+                    caught_up[number].set()
                 elif event.alias in sent:
                     delays.append(time.perf_counter() - sent[event.alias])
                     heard += 1
@@ -190,12 +192,10 @@ async def watching(store: Service, *, index: str, watchers: int, moves: int) -> 
             for number in range(watchers):
                 group.create_task(watch(number))
             await asyncio.gather(*(event.wait() for event in ready))
-            await asyncio.sleep(SETTLE_SECONDS)
             admin = admin_pb2_grpc.AdapterAdminServiceStub(channels[0])
             target = admin_pb2.WeightedVersion(version=1)
-            first = f"{index.lower()}-first"
             await admin.SetAlias(admin_pb2.SetAliasRequest(adapter=name, alias=first, targets=[target]))
-            await asyncio.sleep(SETTLE_SECONDS)
+            await asyncio.gather(*(event.wait() for event in caught_up))
             for number in range(moves):
                 alias = f"{index.lower()}-{number}"  # the other index has the same log
                 sent[alias] = time.perf_counter()

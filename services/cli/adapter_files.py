@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from multilora.adapter_store.v1 import admin_pb2
+    from services.common.wire import AdminStub, UploadPart
 
 EXIT_REFUSED = 4
 
@@ -46,8 +47,7 @@ def validate(
     )
     total, where = check_directory(path), targets(context)
     with store_admin(where) as store, upload_progress(path.name, total) as advance:
-        messages = map(_to_validate, upload_messages(header, path, advance))
-        answer = store.ValidateVersion(messages, timeout=where.timeout)
+        answer = store.ValidateVersion(upload_messages(header, path, advance), timeout=where.timeout)
     if output is Format.JSON:
         print_json(_validated_row(answer))
     else:
@@ -142,27 +142,17 @@ def download(
     typer.echo(f"{name}@{version} is in {directory}")
 
 
-def _register(
-    store: object, messages: Iterator[admin_pb2.RegisterVersionRequest], timeout: float
-) -> admin_pb2.RegisterVersionResponse:
+def _register(store: AdminStub, parts: Iterator[UploadPart], timeout: float) -> admin_pb2.RegisterVersionResponse:
     """Register one of many: a refusal is raised here, and the channel goes on."""
     import grpc
 
     from services.common.rpc import from_rpc_error
 
     try:
-        answer: admin_pb2.RegisterVersionResponse = store.RegisterVersion(messages, timeout=timeout)  # type: ignore[attr-defined]
+        answer: admin_pb2.RegisterVersionResponse = store.RegisterVersion(parts, timeout=timeout)
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
     return answer
-
-
-def _to_validate(message: admin_pb2.RegisterVersionRequest) -> admin_pb2.ValidateVersionRequest:
-    from multilora.adapter_store.v1 import admin_pb2
-
-    if message.HasField("header"):
-        return admin_pb2.ValidateVersionRequest(header=message.header)
-    return admin_pb2.ValidateVersionRequest(chunk=message.chunk)
 
 
 def _validated_row(answer: admin_pb2.ValidateVersionResponse) -> Row:

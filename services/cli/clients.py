@@ -9,12 +9,12 @@ from typing import Any
 
 import grpc
 
-from multilora.adapter_store.v1.admin_pb2_grpc import AdapterAdminServiceStub
 from multilora.inference.v1.control_pb2_grpc import AdapterControlServiceStub
 from multilora.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from services.cli.targets import Targets
 from services.common.errors import DeadlineExceeded, MultiloraError, Unavailable
 from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
+from services.common.wire import AdminStub
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -33,10 +33,10 @@ def inference(targets: Targets) -> Iterator[InferenceClient]:
 
 
 @contextlib.contextmanager
-def store_admin(targets: Targets) -> Iterator[AdapterAdminServiceStub]:
+def store_admin(targets: Targets) -> Iterator[AdminStub]:
     """The adapter store's administration."""
     with _channel(targets.store, "adapter store", "--store", targets.timeout) as channel:
-        yield AdapterAdminServiceStub(grpc.intercept_channel(channel, _Actor(targets.actor)))
+        yield AdminStub(grpc.intercept_channel(channel, _Actor(targets.actor)))
 
 
 class _Actor(

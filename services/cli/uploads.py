@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from multilora.adapter_store.v1.admin_pb2 import FileChunk, RegisterVersionHeader, RegisterVersionRequest
+from multilora.adapter_store.v1.admin_pb2 import RegisterVersionHeader
 from services.common.errors import NotFound
+from services.common.wire import Chunk, UploadPart
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 256 << 10  # stays in a core's cache on its way; 1 MiB a message took half as long again
 
 Advance = Callable[[int], None]
 
@@ -26,13 +27,13 @@ def check_directory(path: Path) -> int:
     return sum((path / name).stat().st_size for name in FILES)
 
 
-def upload_messages(header: RegisterVersionHeader, path: Path, advance: Advance) -> Iterator[RegisterVersionRequest]:
-    """The header, then each file in 1 MiB chunks; `advance` hears of the bytes of each chunk once it is asked for."""
-    yield RegisterVersionRequest(header=header)
+def upload_messages(header: RegisterVersionHeader, path: Path, advance: Advance) -> Iterator[UploadPart]:
+    """The header, then each file in chunks; `advance` hears of the bytes of each chunk once it is asked for."""
+    yield header
     for name in FILES:
         with (path / name).open("rb") as file:
             while data := file.read(CHUNK_BYTES):
-                yield RegisterVersionRequest(chunk=FileChunk(file=name, data=data))
+                yield Chunk(name, data)
                 advance(len(data))
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 
 import numpy as np
 import pytest
 
 from services.adapter_store import servicer
-from services.common.errors import InvalidArgument, NotFound
+from services.adapter_store.blobs.interface import BlobReader
+from services.common.errors import DataLoss, InvalidArgument, NotFound
 from services.common.packed import RUN_ALIGNMENT, TENSOR_ALIGNMENT, decode_header
 from tests.adapter_store import uploads
-from tests.adapter_store.conftest import Client
+from tests.adapter_store.conftest import Client, RunningStore
 from tests.adapter_store.uploads import SHAPES, key, make_adapter
 
 BITS = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
@@ -68,6 +70,22 @@ def test_pulls_go_on_at_any_offset(client: Client, monkeypatch: pytest.MonkeyPat
         parts = client("PullAdapter", digest=identity.pack_digest, offset=offset)
         assert b"".join(part.data for part in parts) == data[offset:]
         assert [part.total_size for part in parts] == [len(data)] + [0] * (len(parts) - 1)
+
+
+def test_a_blob_that_was_cut_short_is_told(running: RunningStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = running.client.register("x", make_adapter()).version.identity
+    hexadecimal = identity.pack_digest.removeprefix("sha256:")
+    path = running.data_dir / "blobs" / "sha256" / hexadecimal[:2] / hexadecimal
+    open_pack = running.store.open_pack
+
+    def open_and_cut(digest: str, offset: int) -> BlobReader:
+        reader = open_pack(digest, offset)
+        os.truncate(path, identity.pack_size - 100)
+        return reader
+
+    monkeypatch.setattr(running.store, "open_pack", open_and_cut)
+    with pytest.raises(DataLoss, match=r"100 bytes early.*\[BLOB_CUT_SHORT\]"):
+        running.client.pull(identity.pack_digest)
 
 
 def test_same_content_packs_to_the_same_bytes(client: Client) -> None:

@@ -72,6 +72,25 @@ def test_a_blob_is_committed_under_its_digest(here: Place, blobs: Blobs, size: s
     assert blobs.total_bytes() == len(data)
 
 
+def test_bytes_may_be_written_in_any_order_by_any_thread(blobs: Blobs) -> None:
+    data = bytes(4096) + LARGE  # what is written nowhere is zeros
+    pieces = [(offset, data[offset : offset + 300_000]) for offset in range(4096, len(data), 300_000)]
+    random.Random(4).shuffle(pieces)
+    with blobs.create() as partial, ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda piece: partial.write_at(*piece), pieces))
+        assert partial.size == len(data)
+        assert partial.commit() == digest_of(data)
+    assert read_all(blobs, digest_of(data)) == data
+
+
+def test_the_digest_is_of_the_bytes_as_they_are(blobs: Blobs) -> None:
+    with blobs.create() as partial:
+        partial.write_at(3, b"def")
+        assert partial.digest == digest_of(b"\0\0\0def")
+        partial.write_at(0, b"abc")
+        assert partial.digest == digest_of(b"abcdef")
+
+
 def test_what_is_not_committed_is_gone(here: Place, blobs: Blobs) -> None:
     with blobs.create() as partial:
         partial.write(SMALL)

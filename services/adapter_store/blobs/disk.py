@@ -21,6 +21,8 @@ import mmap
 import os
 import re
 import secrets
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -46,8 +48,10 @@ class PartialBlob:
         self.size = 0
         self._blobs = blobs
         self._hash = hashlib.sha256()
+        self._hashed = 0  # bytes from the start on; other than `size` when some were written out of order
         self._syncing: Future[None] | None = None
         self._sync_at = _SYNC_BYTES
+        self._lock = threading.Lock()
         # unbuffered: a full disk shows at the write that fills it, and closing never writes
         with disk_full():
             self._file = path.open("xb", buffering=0)
@@ -63,18 +67,33 @@ class PartialBlob:
     @property
     def digest(self) -> str:
         """Digest of the bytes written so far."""
+        if self._hashed != self.size:
+            with self.path.open("rb") as file:
+                self._hash = hashlib.file_digest(file, "sha256")
+            self._hashed = self.size
         return f"sha256:{self._hash.hexdigest()}"
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes. Raises ResourceExhausted when the disk is full."""
+        self._write(data, self.size)
+        self._hash.update(data)
+        self._hashed += len(data)
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write bytes anywhere, from any thread; what was written nowhere is zeros. Raises ResourceExhausted."""
+        self._hashed = -1
+        self._write(data, offset)
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
         rest = memoryview(data)
         with disk_full():
             while rest:
-                rest = rest[self._file.write(rest) :]
-        self._hash.update(data)
-        self.size += len(data)
-        if self.size >= self._sync_at:
-            self._sync_ahead()
+                count = os.pwrite(self._file.fileno(), rest, offset)
+                rest, offset = rest[count:], offset + count
+        with self._lock:
+            self.size = max(self.size, offset)
+            if self.size >= self._sync_at:
+                self._sync_ahead()
 
     def read(self) -> bytes:
         """All that was written; for small blobs."""
@@ -106,7 +125,8 @@ class PartialBlob:
             with self._blobs.sweep_lock(fcntl.LOCK_SH):
                 with contextlib.suppress(FileExistsError):
                     os.link(self.path, final)
-                os.utime(final)  # its age counts from its last commit
+                now = time.time_ns()  # the kernel's own stamp is some milliseconds behind
+                os.utime(final, ns=(now, now))  # its age counts from its last commit
             commit_step("blobs.disk.linked")
             # also when it existed: whoever linked it may not have come as far as this
             fsync_directory(final.parent)

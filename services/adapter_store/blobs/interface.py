@@ -31,6 +31,12 @@ class PartialBlob(Protocol):
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes. Raises ResourceExhausted when the disk is full."""
 
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write bytes anywhere, from any thread; what was written nowhere is zeros. Raises ResourceExhausted.
+
+        A blob is written either so, or from start to end: `write` may not follow it.
+        """
+
     def read(self) -> bytes:
         """All that was written; for small blobs."""
 

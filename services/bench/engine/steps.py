@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from services.adapter_store.packing import pack
+from services.adapter_store.packing import into, pack
 from services.adapter_store.records import Overrides
 from services.adapter_store.validation import validate
 from services.bench.adapters import linear_shapes as bench_shapes
@@ -134,5 +134,5 @@ def _packed(model: ModelConfig, rank: int) -> tuple[bytearray, str]:
     checked = validate(files.config, weights, profile, Overrides())
     digest = f"sha256:{hashlib.sha256(files.config).hexdigest()}"
     data = bytearray()
-    pack(checked.modules, weights, content_digest=digest, base_model=model.name, write=data.extend)
+    pack(checked.modules, weights, content_digest=digest, base_model=model.name, write_at=into(data))
     return data, digest

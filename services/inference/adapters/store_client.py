@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterator
 import grpc
 import grpc.aio
 
-from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
+from multilora.adapter_store.v1 import admin_pb2, store_pb2, store_pb2_grpc
 from multilora.common.v1 import common_pb2
 from services.common.errors import (
     DeadlineExceeded,
@@ -21,6 +21,7 @@ from services.common.errors import (
 from services.common.profile import BaseModelProfile, Shape
 from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
 from services.common.split import Target
+from services.common.wire import AdminStub, Chunk, UploadPart
 from services.inference.adapter_paths import AdapterFiles
 from services.inference.engine.request import AdapterVersion
 from services.inference.name_watch import Message, News
@@ -78,7 +79,7 @@ class NameClient:
     async def register(self, name: str, files: AdapterFiles, *, promote: bool) -> int:
         """Register the files as the adapter's next version; its number. Raises what the store raised."""
         header = admin_pb2.RegisterVersionHeader(adapter=name, base_model=self._base_model, promote=promote)
-        stub = admin_pb2_grpc.AdapterAdminServiceStub(self._channel)
+        stub = AdminStub(self._channel)
         try:
             answer = await stub.RegisterVersion(_upload(header, files))
         except grpc.aio.AioRpcError as error:
@@ -120,13 +121,11 @@ class PullClient:
         self._channel.close()
 
 
-async def _upload(
-    header: admin_pb2.RegisterVersionHeader, files: AdapterFiles
-) -> AsyncGenerator[admin_pb2.RegisterVersionRequest, None]:
-    yield admin_pb2.RegisterVersionRequest(header=header)
+async def _upload(header: admin_pb2.RegisterVersionHeader, files: AdapterFiles) -> AsyncGenerator[UploadPart, None]:
+    yield header
     for name, file in files.items():
         while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
-            yield admin_pb2.RegisterVersionRequest(chunk=admin_pb2.FileChunk(file=name, data=data))
+            yield Chunk(name, data)
 
 
 def _version(identity: common_pb2.AdapterIdentity) -> AdapterVersion:

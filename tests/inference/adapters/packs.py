@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import PAGE_ROWS
-from services.adapter_store.packing import pack
+from services.adapter_store.packing import into, pack
 from services.adapter_store.records import Overrides
 from services.adapter_store.validation import validate
 from services.common.packed import decode_header, encode_header
@@ -78,7 +78,13 @@ def make_pack(directory: Path, name: str, *, config: dict[str, Any] = CONFIG, **
     )
     digest = digest_of(name.encode())
     out = bytearray()
-    pack(checked.modules, memoryview(weights), content_digest=digest, base_model="small", write=out.extend)
+    pack(
+        checked.modules,
+        memoryview(weights),
+        content_digest=digest,
+        base_model="small",
+        write_at=into(out),
+    )
     return as_pack(name, bytes(out))
 
 
