@@ -43,8 +43,9 @@ class _Command(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Pretty, or a line: indent None."""
+    typer.echo(json.dumps(value, indent=indent, ensure_ascii=False))
 
 
 def print_rows(rows: Sequence[Row], *, columns: Sequence[str], output: Format, empty: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 
 from services.cli.output import Format, Output, Row, print_fields, print_json, print_rows
@@ -12,37 +14,74 @@ from services.cli.targets import targets
 if TYPE_CHECKING:
     from multilora.inference.v1 import control_pb2
 
+_COLUMNS = (
+    "adapter",
+    "tier",
+    "state",
+    "pinned",
+    "slot",
+    "rank",
+    "pages",
+    "references",
+    "waiting",
+    "requests",
+    "cpu_bytes",
+    "error",
+)
 
-def status(context: typer.Context, output: Output = Format.TABLE) -> None:
-    """Show the replica's load, and which adapters are resident where."""
+
+def status(
+    context: typer.Context,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks of --watch.")] = 2.0,
+    output: Output = Format.TABLE,
+) -> None:
+    """Show the replica's load, and which adapters are resident where. With --watch, JSON is a line a look."""
     from multilora.inference.v1 import control_pb2
     from services.cli.clients import inference
 
     where = targets(context)
+    before: control_pb2.GetServerInfoResponse | None = None
     with inference(where) as client:
-        info = client.control.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=where.timeout)
-        listed = client.control.ListAdapters(control_pb2.ListAdaptersRequest(), timeout=where.timeout)
-    rows = list(map(_adapter_row, listed.adapters))
+        try:
+            while True:
+                info = client.control.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=where.timeout)
+                listed = client.control.ListAdapters(control_pb2.ListAdaptersRequest(), timeout=where.timeout)
+                _show(info, list(map(_adapter_row, listed.adapters)), before, watch=watch, output=output)
+                if not watch:
+                    return
+                before = info
+                time.sleep(interval)
+        except KeyboardInterrupt:
+            if not watch:
+                raise
+
+
+def _show(
+    info: control_pb2.GetServerInfoResponse,
+    rows: list[Row],
+    before: control_pb2.GetServerInfoResponse | None,
+    *,
+    watch: bool,
+    output: Format,
+) -> None:
+    """One look. before: the look before it, since which the rates are."""
     if output is Format.JSON:
-        print_json({"server": _server_row(info), "adapters": rows})
+        print_json({"server": _server_row(info), "adapters": rows}, indent=None if watch else 2)
         return
-    print_fields(_summary(info))
+    if watch:
+        click.clear()
+    print_fields(_summary(info) | _rates(info, before))
     typer.echo()
-    columns = (
-        "adapter",
-        "tier",
-        "state",
-        "pinned",
-        "slot",
-        "rank",
-        "pages",
-        "references",
-        "waiting",
-        "requests",
-        "cpu_bytes",
-        "error",
-    )
-    print_rows(rows, columns=columns, output=Format.TABLE, empty="no adapters here yet")
+    print_rows(rows, columns=_COLUMNS, output=Format.TABLE, empty="no adapters here yet")
+
+
+def _rates(info: control_pb2.GetServerInfoResponse, before: control_pb2.GetServerInfoResponse | None) -> Row:
+    if before is None or info.uptime <= before.uptime:
+        return {}
+    seconds = info.uptime - before.uptime
+    steps, evictions = info.steps - before.steps, info.slot_evictions - before.slot_evictions
+    return {"now": f"{steps / seconds:.1f} steps/s, {evictions / seconds:.1f} evictions/s"}
 
 
 def _summary(info: control_pb2.GetServerInfoResponse) -> Row:

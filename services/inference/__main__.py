@@ -103,10 +103,12 @@ def _config(arguments: argparse.Namespace) -> ServerConfig:
 
 
 async def _serve(config: ServerConfig) -> None:
+    from services.common.process import settle
     from services.common.rpc import first_of, wait_for_signal
     from services.inference.server import serve
 
     async with serve(config) as running:
+        settle()
         http = "" if running.http_port is None else f" http={config.host}:{running.http_port}"
         print(f"listening on grpc={config.host}:{running.port}{http}", flush=True)
         await first_of(wait_for_signal(), running.serving.engine.died.wait())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import grpc
 
 from multilora.inference.v1 import inference_pb2, inference_pb2_grpc
 from tests.cli.conftest import Cli
 from tests.clients import collect, generate, request
-from tests.conftest import TINY_BASE
+from tests.conftest import ROOT, TINY_BASE
 from tests.inference.http.pair import ADAPTER, Pair
 
 
@@ -69,6 +72,18 @@ def test_status_shows_what_is_resident(cli: Cli, pair: Pair) -> None:
     text = cli("status").stdout
     assert f"{ADAPTER}@1" in text
     assert "0 running, 0 waiting" in text
+
+
+def test_a_watched_status_is_a_line_a_look_until_interrupted(pair: Pair) -> None:
+    command = [sys.executable, "-m", "services.cli.main", "--server", pair.server.address]
+    command += ["status", "--watch", "--interval", "0.1", "--json"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        looks = [json.loads(process.stdout.readline())["server"] for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+    assert [look["model"] for look in looks] == [TINY_BASE] * 3
+    assert looks[0]["uptime"] < looks[1]["uptime"] < looks[2]["uptime"]
 
 
 def test_an_adapter_is_loaded_pinned_and_unloaded(cli: Cli) -> None:

@@ -249,11 +249,10 @@ class Engine:
         """The engine's truth at this moment."""
         pool = self.scheduler.kv.pool
         states = Counter(request.status for request in self._requests.values())
-        waiting = Counter(
-            request.adapter.digest
-            for request in self._requests.values()
-            if request.adapter is not None and not request.is_admitted
-        )
+        asking = [
+            (request, request.adapter.digest) for request in self._requests.values() if request.adapter is not None
+        ]
+        waiting = Counter(digest for request, digest in asking if not request.is_admitted)
         return EngineStats(
             running=states[RequestStatus.RUNNING],
             parked=states[RequestStatus.PARKED],
@@ -273,6 +272,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             adapters=tuple(self.adapters.list(waiting)),
+            requests_by_adapter=Counter(digest for _, digest in asking),
             adapter_transitions=dict(self.adapters.transitions),
         )
 

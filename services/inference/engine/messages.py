@@ -188,6 +188,7 @@ class EngineStats:
     running, parked: requests with KV blocks that take part in steps, and whose adapter's turn it is not
     waiting: requests without blocks; refused: those that found the queue full
     prefix_queried_tokens, prefix_hit_tokens: prompt tokens looked for in the prefix cache, and found
+    requests_by_adapter: requests that run, are parked or wait, by the digest of their adapter
     adapter_transitions: how often adapters went from one `AdapterState` to another, by their names
     """
 
@@ -209,6 +210,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     adapters: tuple[ResidentAdapter, ...]
+    requests_by_adapter: Mapping[str, int]
     adapter_transitions: Mapping[tuple[str, str], int]
 
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from services.common.errors import MultiloraError
+from services.common.process import settle
 from services.inference.config import LOG_FORMAT, ConfigError
 from services.inference.engine.messages import AdapterReply, EngineInput, EngineOutput, RequestOutput
 from services.inference.hosting.wire import Start, Started, encode, portable, receive
@@ -42,6 +43,7 @@ def run(connection: socket.socket) -> None:
             log.exception("the engine was not built")
         connection.sendall(encode(Started(portable(error))))
         return
+    settle()
     connection.sendall(encode(Started()))
     engine.emit = lambda outputs: connection.sendall(encode(list(map(_portable, outputs))))
     engine.run()

@@ -85,6 +85,7 @@ class _Face:
 
     async def metrics(self, _request: Request) -> Response:
         stats = await self._serving.engine.stats()
-        max_loras = self._serving.config.adapters.num_slots
-        page = metrics.render(stats, self._serving.traffic, max_loras, self._serving.resolver.snapshot_age)
+        config, age = self._serving.config, self._serving.resolver.snapshot_age
+        slots = config.adapters.num_slots
+        page = metrics.render(stats, self._serving.traffic, slots, age, config.metrics_top_adapters)
         return Response(page, headers={"content-type": CONTENT_TYPE_LATEST})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -10,15 +11,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from services.inference.engine.messages import EngineStats, ResidentAdapter
-from services.inference.http.traffic_metrics import TrafficCollector, adapter_label
+from services.inference.http.traffic_metrics import LABELS, REST, TrafficCollector, adapter_label, labels_of
 from services.inference.traffic import Traffic
 
 
-def render(stats: EngineStats, traffic: Traffic, max_loras: int, snapshot_age: float) -> bytes:
+def render(stats: EngineStats, traffic: Traffic, max_loras: int, snapshot_age: float, top_adapters: int) -> bytes:
     """The exposition of `stats` and `traffic` in the text format, whatever a scraper prefers: prometheus_client's
     OpenMetrics writes an underscore for each colon, and so would rename every metric."""
     registry = CollectorRegistry()
-    registry.register(StatsCollector(stats, max_loras, snapshot_age))
+    registry.register(StatsCollector(stats, max_loras, snapshot_age, top_adapters))
     registry.register(TrafficCollector(traffic))
     return generate_latest(registry)
 
@@ -26,11 +27,14 @@ def render(stats: EngineStats, traffic: Traffic, max_loras: int, snapshot_age: f
 class StatsCollector(Collector):
     """One moment's stats under the names operators already watch on vLLM, and our own under `multilora:`."""
 
-    def __init__(self, stats: EngineStats, max_loras: int, snapshot_age: float) -> None:
-        """snapshot_age: seconds since the store last confirmed what names mean; inf when it never did"""
+    def __init__(self, stats: EngineStats, max_loras: int, snapshot_age: float, top_adapters: int) -> None:
+        """snapshot_age: seconds since the store last confirmed what names mean; inf when it never did
+        top_adapters: as many have series of their own
+        """
         self._stats = stats
         self._max_loras = max_loras
         self._snapshot_age = snapshot_age
+        self._top_adapters = top_adapters
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats
@@ -44,6 +48,8 @@ class StatsCollector(Collector):
         yield _counter("vllm:lora_adapter_evict", "Adapters evicted from the slot pool", stats.slot_evictions)
         resident = sum(adapter.tier == "GPU" for adapter in stats.adapters)
         yield _gauge("vllm:lora_adapters_active", "Adapters resident in the slot pool", resident)
+        yield from self._requests_by_adapter()
+        yield self._adapters_by_tier()
         yield _counter("vllm:prompt_tokens", "Prompt tokens taken in", stats.prompt_tokens)
         yield _counter("vllm:generation_tokens", "Tokens generated", stats.generation_tokens)
         yield _counter("vllm:prefix_cache_queries", "Prompt tokens looked up", stats.prefix_queried_tokens)
@@ -56,6 +62,33 @@ class StatsCollector(Collector):
         yield self._transitions()
         age = "Seconds since the store confirmed what adapter names mean; +Inf when it never did"
         yield _gauge("multilora:name_snapshot_age_seconds", age, self._snapshot_age)
+
+    def _requests_by_adapter(self) -> Iterator[Metric]:
+        """Now, in any state. What has no series of its own is in one."""
+        open_requests: Counter[tuple[str, str]] = Counter()
+        for each in self._stats.adapters:
+            open_requests[each.adapter.name, each.tier] += self._stats.requests_by_adapter.get(each.adapter.digest, 0)
+        text = "Requests that run, are parked or wait, by adapter"
+        plain = GaugeMetricFamily("vllm:lora_requests_by_adapter", text, labels=["adapter"])
+        ours = GaugeMetricFamily("multilora:lora_requests_by_adapter", text, labels=[*LABELS, "tier"])
+        ranked = [(key, count) for key, count in open_requests.most_common() if count]
+        by_name: Counter[str] = Counter()
+        for (name, tier), count in ranked[: self._top_adapters]:
+            ours.add_metric([*labels_of(name), tier], count)
+            by_name[adapter_label(name)] += count
+        rest = sum(count for _, count in ranked[self._top_adapters :])
+        ours.add_metric([*REST, ""], rest)
+        for label, count in [*by_name.items(), (REST[0], rest)]:
+            plain.add_metric([label], count)
+        yield plain
+        yield ours
+
+    def _adapters_by_tier(self) -> Metric:
+        family = GaugeMetricFamily("multilora:lora_adapters", "Adapters known here, by where they are", labels=["tier"])
+        tiers = Counter(adapter.tier for adapter in self._stats.adapters)
+        for tier in ("GPU", "CPU", "DISK", "STORE"):
+            family.add_metric([tier], tiers[tier])
+        return family
 
     def _cache_config(self) -> Metric:
         family = GaugeMetricFamily(

@@ -25,7 +25,9 @@ class TrafficCollector(Collector):
         self._traffic = traffic
 
     def collect(self) -> Iterator[Metric]:
-        rows = [(_labels(name), record) for name, record in self._traffic.shown.items()] + [(REST, self._traffic.rest)]
+        rows = [(labels_of(name), record) for name, record in self._traffic.shown.items()] + [
+            (REST, self._traffic.rest)
+        ]
 
         def counter(name: str, text: str, value: Callable[[Record], int]) -> Metric:
             family = CounterMetricFamily(name, text, labels=LABELS)
@@ -53,11 +55,13 @@ class TrafficCollector(Collector):
         yield histogram("multilora:queue_time_seconds", "From arrival to the first step", lambda record: record.queue)
         yield histogram("multilora:time_to_first_token_seconds", "From arrival", lambda record: record.ttft)
         yield histogram("multilora:inter_token_latency_seconds", "Between tokens", lambda record: record.inter_token)
+        text = "From arrival to the adapter in memory, where it was not there"
+        yield histogram("multilora:lora_adapter_load_duration_seconds", text, lambda record: record.adapter_load)
         buckets = [(end if end == "+Inf" else f"{float(end) * 1e3:g}", count) for end, count in loads.buckets()]
         text = "Milliseconds from a request's arrival to its adapter in memory, where it was not there"
         yield HistogramMetricFamily("vllm:lora_adapter_load_duration_ms", text, buckets, loads.sum * 1e3)
 
 
-def _labels(name: str) -> tuple[str, str]:
+def labels_of(name: str) -> tuple[str, str]:
     """An adapter's, which is named with its tenant, or the base model's."""
     return adapter_label(name), name.partition("/")[0] if "/" in name else ""

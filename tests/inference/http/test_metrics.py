@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import httpx
@@ -41,6 +41,7 @@ NAMES = {
 
 
 TRANSITIONS = "multilora:adapter_transitions_total"
+BY_LABEL = {"vllm:lora_requests_by_adapter", "multilora:lora_requests_by_adapter", "multilora:lora_adapters"}
 BY_ADAPTER = {
     "multilora:requests_total",
     "multilora:prompt_tokens_total",
@@ -52,6 +53,7 @@ BY_ADAPTER = {
             "multilora:time_to_first_token_seconds",
             "multilora:inter_token_latency_seconds",
             "vllm:lora_adapter_load_duration_ms",
+            "multilora:lora_adapter_load_duration_seconds",
         )
         for part in ("bucket", "count", "sum")
     ),
@@ -60,7 +62,7 @@ BY_ADAPTER = {
 
 def samples(families: Iterable[Metric]) -> dict[str, tuple[dict[str, str], float]]:
     """All but those that have several samples of a name."""
-    several = BY_ADAPTER | {TRANSITIONS}
+    several = BY_ADAPTER | BY_LABEL | {TRANSITIONS}
     found = [sample for family in families for sample in family.samples if sample.name not in several]
     assert max(Counter(sample.name for sample in found).values()) == 1
     return {sample.name: (sample.labels, sample.value) for sample in found}
@@ -76,6 +78,8 @@ def test_names_are_those_operators_watch(http: httpx.Client, accept: str) -> Non
     answer = http.get("/metrics", headers={"accept": accept})
     assert answer.headers["content-type"].startswith("text/plain")
     assert set(samples(text_string_to_metric_families(answer.text))) == NAMES
+    names = {sample.name for family in text_string_to_metric_families(answer.text) for sample in family.samples}
+    assert names >= BY_LABEL
 
 
 def test_values_move_with_requests(http: httpx.Client) -> None:
@@ -145,8 +149,9 @@ def test_waiting_leaves_out_what_is_resident() -> None:
         "blocks": 100,
     }
     moves = {("STORE", "PULLING"): 3}
-    stats = EngineStats(**counts | {"blocks_free": 75, "adapters": adapters, "adapter_transitions": moves})
-    found = samples(text_string_to_metric_families(render(stats, Traffic(1), 4, 0.5).decode()))
+    more = {"blocks_free": 75, "adapters": adapters, "adapter_transitions": moves, "requests_by_adapter": {}}
+    stats = EngineStats(**counts | more)
+    found = samples(text_string_to_metric_families(render(stats, Traffic(1), 4, 0.5, 100).decode()))
     assert found["vllm:lora_requests_info"][0] == {
         "max_lora": "4",
         "running_lora_adapters": "t/both,t/busy",
@@ -155,3 +160,24 @@ def test_waiting_leaves_out_what_is_resident() -> None:
     assert found["vllm:kv_cache_usage_perc"][1] == 0.25
     assert found["multilora:name_snapshot_age_seconds"][1] == 0.5
     assert found["vllm:lora_adapters_active"][1] == 2
+
+
+def test_requests_by_adapter_are_of_the_busiest_and_the_rest() -> None:
+    adapters = tuple(
+        replace(resident(name, tier, 0), adapter=AdapterVersion(name, 1, f"sha256:{name}", "", 0))
+        for name, tier in (("default/a", "GPU"), ("t/b", "CPU"), ("t/c", "GPU"), ("t/idle", "GPU"), ("t/d", "STORE"))
+    )
+    asked = {"sha256:default/a": 5, "sha256:t/b": 7, "sha256:t/c": 2, "sha256:t/d": 1}
+    counts: dict[str, Any] = {each.name: 0 for each in fields(EngineStats)} | {"blocks": 1, "adapters": adapters}
+    stats = EngineStats(**counts | {"requests_by_adapter": asked, "adapter_transitions": {}})
+    families = list(text_string_to_metric_families(render(stats, Traffic(1), 4, 0.5, 2).decode()))
+    found = {
+        family.name: {tuple(sample.labels.values()): sample.value for sample in family.samples} for family in families
+    }
+    assert found["vllm:lora_requests_by_adapter"] == {("t/b",): 7, ("a",): 5, ("other",): 3}
+    assert found["multilora:lora_requests_by_adapter"] == {
+        ("t/b", "t", "CPU"): 7,
+        ("a", "default", "GPU"): 5,
+        ("other", "*", ""): 3,
+    }
+    assert found["multilora:lora_adapters"] == {("GPU",): 3, ("CPU",): 1, ("DISK",): 0, ("STORE",): 1}
