@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak test test-asan test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak test test-asan test-engine-long test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -73,6 +73,9 @@ test: lint $(VENV)/.redis ## everything CI runs
 
 test-asan: $(VENV)/.dev ## the compiled CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m tests.kernels.sanitize
+
+test-engine-long: $(VENV)/.dev ## the whole engine under 2,000 random histories, each answer compared with its own alone
+	MULTILORA_ENGINE_EXAMPLES=2000 $(RUN_TESTS) -q tests/inference/test_whole_engine.py
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
 	$(RUN_TESTS) -q -m "not slow and not cuda"

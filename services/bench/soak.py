@@ -37,7 +37,7 @@ from services.bench.load.popularity import Mix, Popularity
 from services.bench.load.targets import Target, connect
 from services.bench.memory import Sample, growth, resident_bytes
 from services.bench.progress import console, says
-from services.bench.results import Figure, Result, print_table
+from services.bench.results import Figure, Result, print_table, write_lines
 from services.common.rpc import from_rpc_error
 
 ADAPTERS, SLOTS, HOST_COPIES = 24, 8, 12
@@ -214,12 +214,7 @@ def main() -> int:
     model = (options.model or servers.embedded_model()).resolve()
     sizes = Sizes(rounds=1, prompts=100, input_len=32, output_len=32, seconds=0, registered=0)
     result = run(model, tuple(shlex.split(options.server_flags)), sizes, seconds=60 * options.minutes)
-    line = f"{result.to_json()}\n"
-    if options.out is None:
-        sys.stdout.write(line)
-    else:
-        with options.out.open("a") as file:
-            file.write(line)
+    write_lines([result], options.out)
     if options.plot is not None:
         points = [(seconds / 60, resident / 1e6) for seconds, resident in result.metrics["resident"]]
         plot(options.plot, "minutes", {"resident memory (MB)": {"inference service": points}})

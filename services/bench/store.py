@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from services.bench import names, servers, transfers
 from services.bench.adapters import make_adapter
 from services.bench.progress import console, says
-from services.bench.results import Result, print_table
+from services.bench.results import Result, print_table, write_lines
 from services.bench.seeding import copy_log, seed
 
 PREFIX = "bench"
@@ -54,16 +54,14 @@ QUICK = Sizes(50, 3, 2, 64, 21, 4_000, 500, 2, 1, 1, 100, 30)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a minute instead of six: fewer rounds")
-    parser.add_argument("--out", type=Path, default=None, help="where the JSON lines go; default: standard output")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="append the JSON lines to this; default: standard output"
+    )
     options = parser.parse_args()
     servers.end_with_sigterm()
     began = time.monotonic()
     results = run(QUICK if options.quick else FULL)
-    lines = "".join(f"{result.to_json()}\n" for result in results)
-    if options.out is None:
-        sys.stdout.write(lines)
-    else:
-        options.out.write_text(lines)
+    write_lines(results, options.out)
     print_table(results, console, f"Adapter store, {time.monotonic() - began:.0f} s")
     return 0
 

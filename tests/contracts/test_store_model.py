@@ -39,7 +39,7 @@ from tests.contracts.store_model_places import COMBINATIONS, Servers
 
 EXAMPLES = int(os.environ.get("MULTILORA_MODEL_EXAMPLES", "0"))
 # (examples, steps): what takes some 10 s each
-SIZES = {"disk+sqlite": (25, 40), "disk+redis": (16, 40), "s3+sqlite": (4, 30), "s3+redis": (4, 30)}
+SIZES = {"disk+sqlite": (18, 40), "disk+redis": (10, 40), "s3+sqlite": (3, 30), "s3+redis": (3, 30)}
 PROCESSES = 2
 # Few, so that they meet. The third is no adapter's.
 NAMES = ("acme/x", "acme/y", "beta/x")

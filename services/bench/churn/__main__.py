@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from services.bench.progress import console, says
 from services.bench.results import Result, print_table, write_lines
 
 FLEET = RESIDENT + COLD
-FULL = Sizes(rounds=5, prompts=64, input_len=64, output_len=64, seconds=20, registered=10_000)
+FULL = Sizes(rounds=3, prompts=32, input_len=64, output_len=64, seconds=15, registered=10_000)
 QUICK = Sizes(rounds=2, prompts=32, input_len=64, output_len=16, seconds=6, registered=2_000)
 
 SCENARIOS: dict[str, Callable[[Ground], Coroutine[Any, Any, Result]]] = {
@@ -54,15 +54,16 @@ def main() -> int:
     servers.end_with_sigterm()
     began = time.monotonic()
     model = (options.model or servers.embedded_model()).resolve()
-    results = run(options.only, model, tuple(shlex.split(options.server_flags)), QUICK if options.quick else FULL)
-    write_lines(results, options.out)
+    results: list[Result] = []
+    for result in run(options.only, model, tuple(shlex.split(options.server_flags)), QUICK if options.quick else FULL):
+        results.append(result)
+        write_lines([result], options.out)  # at once: the next scenario takes minutes
     print_table(results, console, f"Churn, {time.monotonic() - began:.0f} s")
     return int(any(figure.passed is False for result in results for figure in result.figures))
 
 
-def run(only: Sequence[str], model: Path, flags: tuple[str, ...], sizes: Sizes) -> list[Result]:
+def run(only: Sequence[str], model: Path, flags: tuple[str, ...], sizes: Sizes) -> Iterator[Result]:
     """The scenarios, one after the other, each on replicas of its own and all on one store."""
-    results = []
     with tempfile.TemporaryDirectory(prefix="bench-churn-") as directory:
         work = Path(directory)
         with servers.store(work / "store") as store:
@@ -71,8 +72,8 @@ def run(only: Sequence[str], model: Path, flags: tuple[str, ...], sizes: Sizes) 
             for name in only:
                 ground = Ground(work / name, model, flags, sizes, store.address, fleet)
                 with says(name):
-                    results.append(asyncio.run(SCENARIOS[name](ground)))
-    return results
+                    result = asyncio.run(SCENARIOS[name](ground))
+                yield result
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from services.bench.peers.install import install_peft, install_vllm, version_of
 from services.bench.peers.model import write_directory
 from services.bench.peers.running import MixedBatch, peft, vllm
 from services.bench.progress import console, says
-from services.bench.results import Figure, Result, print_table, spread
+from services.bench.results import Figure, Result, print_table, spread, write_lines
 
 FLEET, SLOTS, BATCH = 16, 8, 8
 TOKENS_IN = TOKENS_OUT = 64
@@ -90,20 +90,17 @@ def main() -> int:
     options = parser.parse_args()
     servers.end_with_sigterm()
     began = time.monotonic()
-    results = run(options)
-    lines = "".join(f"{result.to_json()}\n" for result in results)
-    if options.out is None:
-        sys.stdout.write(lines)
-    else:
-        with options.out.open("a") as file:
-            file.write(lines)
+    results: list[Result] = []
+    for result in run(options):
+        results.append(result)
+        write_lines([result], options.out)  # at once: the next row may take minutes, and may fail
     if options.plot is not None:
         plot(options.plot, "distinct adapters, 8 requests at once", {"output tokens/s": _lines(results)})
     print_table(results, console, f"{US} beside its peers, {time.monotonic() - began:.0f} s")
     return int(any(figure.passed is False for result in results for figure in result.figures))
 
 
-def run(options: argparse.Namespace) -> list[Result]:
+def run(options: argparse.Namespace) -> Iterator[Result]:
     """Every row asked for, in a temporary directory and on programs of its own."""
     home, gguf = options.peers_dir.resolve(), (options.model or servers.embedded_model()).resolve()
     rows = {name: row for name, row in ROWS.items() if name in options.rows}
@@ -124,11 +121,10 @@ def run(options: argparse.Namespace) -> list[Result]:
             asyncio.run(register_fleet(store.address, ours.grpc, FLEET, (RANK,)))
         setup = {"model": gguf.name, "rank": RANK, "input_len": TOKENS_IN, "output_len": TOKENS_OUT}
         setup |= {"server_flags": options.server_flags, "rounds": options.rounds}
-        results = []
         if PEFT_ROW in options.rows:
             with says("PEFT"), peft(peft_python, model, list(adapters.values())[:BATCH], TOKENS_OUT, work) as batch:
                 peer = {"peft": version_of(peft_python, "peft"), "torch": version_of(peft_python, "torch")}
-                results.append(_beside_peft(batch, ours.http, names[:BATCH], options.rounds, setup | {"peer": peer}))
+                yield _beside_peft(batch, ours.http, names[:BATCH], options.rounds, setup | {"peer": peer})
         if rows:
             setup["peer"] = {"vllm": version_of(vllm_python, "vllm"), "torch": version_of(vllm_python, "torch")}
         # without adapters vLLM runs as one would start it for the base alone
@@ -143,8 +139,8 @@ def run(options: argparse.Namespace) -> list[Result]:
                     theirs = running.enter_context(server)
                 for row in chosen:
                     with says(str(row)):
-                        results.append(_beside_vllm(row, ours.http, theirs, names, options.rounds, setup))
-        return results
+                        result = _beside_vllm(row, ours.http, theirs, names, options.rounds, setup)
+                    yield result
 
 
 def _beside_vllm(row: Row, ours: str, theirs: str, names: Sequence[str], rounds: int, setup: dict[str, Any]) -> Result:
