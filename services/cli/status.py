@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 
 from services.cli.output import Format, Output, Row, print_fields, print_json, print_rows
@@ -70,7 +69,9 @@ def _show(
         print_json({"server": _server_row(info), "adapters": rows}, indent=None if watch else 2)
         return
     if watch:
-        click.clear()
+        from rich.console import Console
+
+        Console().clear()  # a terminal's; a pipe's looks follow one another
     print_fields(_summary(info) | _rates(info, before))
     typer.echo()
     print_rows(rows, columns=_COLUMNS, output=Format.TABLE, empty="no adapters here yet")
