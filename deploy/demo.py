@@ -28,11 +28,12 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
+from multilora.adapter_store.v1 import admin_pb2
 from multilora.common.v1 import common_pb2
 from multilora.inference.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services.cli.uploads import check_directory, upload_messages, upload_progress
 from services.common.gguf_config import config_from_gguf, open_gguf
+from services.common.wire import AdminStub
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ROOT / "tests" / "assets" / "adapters"
@@ -124,7 +125,7 @@ def register(store: str, model: Path, max_lora_rank: int) -> list[str]:
     """Register the base model and the sample adapters, as a pipeline would; a line about each."""
     lines = []
     with grpc.insecure_channel(store) as channel:
-        admin = admin_pb2_grpc.AdapterAdminServiceStub(channel)
+        admin = AdminStub(channel)
         config = (
             (model / "config.json").read_text() if model.is_dir() else json.dumps(config_from_gguf(open_gguf(model)))
         )
