@@ -61,7 +61,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "k-without-q": {"r": 32, "lora_alpha": 32, "target_modules": ["k_proj"], "std": 0.06},
 }
-COMPARED = 16  # tokens by which an adapter has changed what is said
 PROMPTS = {
     "": "What is the capital of France?",
     "rank-1": "Why is the sky blue?",
@@ -78,10 +77,7 @@ PROMPTS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One request: which adapter ('' is the base), its prompt, and what PEFT answers.
-
-    base: how the base model begins; see COMPARED
-    """
+    """One request: which adapter ('' is the base), its prompt, and what PEFT answers."""
 
     adapter: str
     prompt: list[int]
@@ -129,7 +125,7 @@ def cases(oracle: Oracle, adapter_dirs: dict[str, Path], real_model: Path) -> li
     found = []
     for adapter, text in PROMPTS.items():
         prompt = tokenizer.encode_chat([ChatTurn("user", text)])
-        base = oracle.generate(prompt, COMPARED if adapter else TOKENS)
+        base = oracle.generate(prompt, TOKENS)
         expected = oracle.generate(prompt, TOKENS, adapter_dirs[adapter]) if adapter else base
         found.append(Case(adapter, prompt, expected, base))
     return found
@@ -174,7 +170,7 @@ def check_answers(cases: Sequence[Case], server: InferenceServer) -> None:
 
 
 def test_adapters_change_what_is_said(cases: list[Case]) -> None:
-    changed = [case for case in cases if case.adapter and case.expected.token_ids[:COMPARED] != case.base.token_ids]
+    changed = [case for case in cases if case.adapter and case.expected.token_ids != case.base.token_ids]
     assert len(changed) >= len(ADAPTERS) - 1
 
 
