@@ -63,7 +63,7 @@ demo-store: $(VENV)/.servers ## the store on Redis and S3: split, roll back, del
 serve: $(VENV)/.run ## both services on their ports, adapters registered, until Ctrl-C
 	@$(BIN)/python deploy/demo.py serve $(SERVE_FLAGS)
 
-# Minutes each suite may take on two busy cores; on quiet ones together they stay within 25.
+# Minutes each suite may take on two busy cores; on quiet ones all took 27 together, 25 are wanted.
 test: lint $(VENV)/.redis ## everything CI runs
 	timeout 15m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/fuzz tests/test_*.py
 	timeout 8m $(RUN_TESTS) -q tests/kernels

@@ -10,8 +10,7 @@ import grpc.aio
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
 from services.bench.adapters import BASE_MODEL, CONFIG_FILE, WEIGHTS_FILE, Files, base_config
-from services.cli.uploads import CHUNK_BYTES as UPLOAD_CHUNK_BYTES
-from services.common.wire import AdminStub, Chunk, UploadPart
+from services.common.wire import UPLOAD_CHUNK_BYTES, AdminStub, Chunk, UploadPart
 
 CHUNK_BYTES = 1 << 20
 # Every client has connections of its own, as a replica has.

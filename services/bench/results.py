@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -114,14 +115,17 @@ def device() -> dict[str, Any]:
     return {"cpu": model or platform.machine(), "cores": os.cpu_count(), "kernel": platform.release()}
 
 
-def write_lines(results: Sequence[Result], out: Path | None) -> None:
-    """Append a JSON line a result to `out`; without it to standard output."""
-    lines = "".join(f"{result.to_json()}\n" for result in results)
-    if out is None:
-        sys.stdout.write(lines)
-    else:
-        with out.open("a") as file:
-            file.write(lines)
+def write_lines(results: Iterable[Result], out: Path | None) -> list[Result]:
+    """Append a JSON line a result to `out`, without it to standard output; all of them.
+
+    Each at once as it comes: the next may take minutes, and may fail.
+    """
+    written = []
+    with contextlib.nullcontext(sys.stdout) if out is None else out.open("a") as file:
+        for result in results:
+            print(result.to_json(), file=file, flush=True)
+            written.append(result)
+    return written
 
 
 def print_table(results: Sequence[Result], console: Console, title: str) -> None:

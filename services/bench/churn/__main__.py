@@ -54,10 +54,8 @@ def main() -> int:
     servers.end_with_sigterm()
     began = time.monotonic()
     model = (options.model or servers.embedded_model()).resolve()
-    results: list[Result] = []
-    for result in run(options.only, model, tuple(shlex.split(options.server_flags)), QUICK if options.quick else FULL):
-        results.append(result)
-        write_lines([result], options.out)  # at once: the next scenario takes minutes
+    flags, sizes = tuple(shlex.split(options.server_flags)), QUICK if options.quick else FULL
+    results = write_lines(run(options.only, model, flags, sizes), options.out)
     print_table(results, console, f"Churn, {time.monotonic() - began:.0f} s")
     return int(any(figure.passed is False for result in results for figure in result.figures))
 

@@ -90,10 +90,7 @@ def main() -> int:
     options = parser.parse_args()
     servers.end_with_sigterm()
     began = time.monotonic()
-    results: list[Result] = []
-    for result in run(options):
-        results.append(result)
-        write_lines([result], options.out)  # at once: the next row may take minutes, and may fail
+    results = write_lines(run(options), options.out)
     if options.plot is not None:
         plot(options.plot, "distinct adapters, 8 requests at once", {"output tokens/s": _lines(results)})
     print_table(results, console, f"{US} beside its peers, {time.monotonic() - began:.0f} s")

@@ -21,14 +21,13 @@ from services.common.errors import (
 from services.common.profile import BaseModelProfile, Shape
 from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
 from services.common.split import Target
-from services.common.wire import AdminStub, Chunk, UploadPart
+from services.common.wire import UPLOAD_CHUNK_BYTES, AdminStub, Chunk, UploadPart
 from services.inference.adapter_paths import AdapterFiles
 from services.inference.engine.request import AdapterVersion
 from services.inference.name_watch import Message, News
 from services.inference.resolver import Meaning
 
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-CHUNK_BYTES = 1 << 20
 RESOLVE_TIMEOUT = 5.0
 """Seconds a resolve may take before the store counts as away."""
 SLOWEST_PULL = 1e6
@@ -124,7 +123,7 @@ class PullClient:
 async def _upload(header: admin_pb2.RegisterVersionHeader, files: AdapterFiles) -> AsyncGenerator[UploadPart, None]:
     yield header
     for name, file in files.items():
-        while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+        while data := await asyncio.to_thread(file.read, UPLOAD_CHUNK_BYTES):
             yield Chunk(name, data)
 
 
