@@ -36,17 +36,15 @@ inline int place_in_panel(const PairedBFloat16*, int column) {
 
 inline float widen(PairedBFloat16 value) { return bits_of<float>(uint32_t(value.bits) << 16); }
 
+// Register i of the columns that lie at `from`.
 template <class T>
-inline void load_columns(const T* from, Floats (&columns)[REGISTERS]) {
-  for (int i = 0; i < REGISTERS; ++i) columns[i] = load(from + i * LANES);
+inline Floats load_columns(const T* from, int i) {
+  return load(from + i * LANES);
 }
-inline void load_columns(const PairedBFloat16* from, Floats (&columns)[REGISTERS]) {
-  for (int i = 0; i < REGISTERS / 2; ++i) {
-    Words pairs;
-    std::memcpy(&pairs, from + 2 * i * LANES, sizeof pairs);
-    columns[i] = bits_of<Floats>(pairs << 16);
-    columns[i + REGISTERS / 2] = bits_of<Floats>(pairs & 0xffff0000u);
-  }
+inline Floats load_columns(const PairedBFloat16* from, int i) {
+  Words pairs;
+  std::memcpy(&pairs, from + 2 * (i % (REGISTERS / 2)) * LANES, sizeof pairs);
+  return bits_of<Floats>(i < REGISTERS / 2 ? pairs << 16 : pairs & 0xffff0000u);
 }
 
 // Ask memory for as many bytes as a row of w has, `ahead` bytes past it.
@@ -56,19 +54,38 @@ inline void prefetch(const W* w, int ahead) {
     __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + line);
 }
 
+// Lines of memory to ask for while a product runs: the next one every so many inputs, so that memory is kept busy for
+// as long as the arithmetic lasts, and no longer.
+struct Ask {
+  const char* next = nullptr;
+  int every = 1 << 30;  // nothing
+};
+
 template <int R, int ahead, class W>
 inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
-                          size_t y_stride, bool add) {
+                          size_t y_stride, bool add, Ask ask) {
   Floats sums[R][REGISTERS];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
-  for (int k = 0; k < depth; ++k, w += w_stride) {
-    if constexpr (ahead > 0) prefetch(w, ahead);
-    Floats columns[REGISTERS];
-    load_columns(w, columns);
-    for (int r = 0; r < R; ++r) {
-      const Floats value = splat(x[r * x_stride + k]);
-      for (int i = 0; i < REGISTERS; ++i) sums[r][i] += value * columns[i];
+  for (int k = 0; k < depth; ask.next += 64) {
+    __builtin_prefetch(ask.next);
+    for (const int end = depth - k < ask.every ? depth : k + ask.every; k < end; ++k, w += w_stride) {
+      if constexpr (ahead > 0) prefetch(w, ahead);
+      if constexpr (R < REGISTERS) {  // of x's values and w's columns the fewer wait in registers for the others
+        Floats values[R];
+        for (int r = 0; r < R; ++r) values[r] = splat(x[r * x_stride + k]);
+        for (int i = 0; i < REGISTERS; ++i) {
+          const Floats columns = load_columns(w, i);
+          for (int r = 0; r < R; ++r) sums[r][i] += values[r] * columns;
+        }
+      } else {
+        Floats columns[REGISTERS];
+        for (int i = 0; i < REGISTERS; ++i) columns[i] = load_columns(w, i);
+        for (int r = 0; r < R; ++r) {
+          const Floats value = splat(x[r * x_stride + k]);
+          for (int i = 0; i < REGISTERS; ++i) sums[r][i] += value * columns[i];
+        }
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -77,9 +94,9 @@ inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_
 
 template <int R, int ahead, class W>
 inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
-                          size_t y_stride, bool add) {
-  if (rows == R) return multiply_rows<R, ahead>(x, x_stride, w, w_stride, depth, y, y_stride, add);
-  if constexpr (R > 1) multiply_rest<R - 1, ahead>(rows, x, x_stride, w, w_stride, depth, y, y_stride, add);
+                          size_t y_stride, bool add, Ask ask) {
+  if (rows == R) return multiply_rows<R, ahead>(x, x_stride, w, w_stride, depth, y, y_stride, add, ask);
+  if constexpr (R > 1) multiply_rest<R - 1, ahead>(rows, x, x_stride, w, w_stride, depth, y, y_stride, add, ask);
 }
 
 // Semantics:
@@ -89,12 +106,18 @@ inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w,
 //     w: [depth, 32], rows w_stride apart        float32, bf16 or packed bf16
 //     y: [rows, 32], rows y_stride apart         float32
 //     ahead: bytes past a row of w at which memory is asked for what comes next; 0 where w is in cache
+//     asked: bytes asked for evenly while the product runs, from `ask` on
 // Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
 template <int ahead = 0, class W>
 void multiply(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
-              size_t y_stride, bool add) {
-  for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride)
-    multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, w_stride, depth, y, y_stride, add);
+              size_t y_stride, bool add, const void* ask = nullptr, size_t asked = 0) {
+  const int times = (rows + ROWS - 1) / ROWS, lines = int(asked / 64);
+  Ask next;
+  if (lines > 0) next = {static_cast<const char*>(ask), depth * times / lines > 1 ? depth * times / lines : 1};
+  for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride) {
+    multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, w_stride, depth, y, y_stride, add, next);
+    next.next += 64 * (depth / next.every);
+  }
 }
 
 }  // namespace multilora

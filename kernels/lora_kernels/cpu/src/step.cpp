@@ -31,9 +31,17 @@ namespace {
 
 constexpr int PAGE_ROWS = 16;  // rank rows in a page of the slot pool, as in layout.py
 
-// More rows than a product takes at once would each time widen the weights again. So they are widened first, this many
-// inputs at a time: 16 KiB of float32, half of a first-level cache.
-constexpr int WIDENED = 128;
+// More rows than a product takes at once read the weights again each time, so these are taken this many inputs at a
+// time: 16 KiB of float32, half of a first-level cache, while memory is asked for the next as many.
+constexpr int INPUTS = 128;
+
+// From more products than this on, bf16 weights are widened once into such a block instead of in registers each time:
+// where the two cross in AVX2, at 18 rows.
+constexpr int PRODUCTS_UNWIDENED = 6;
+
+// Rows that go through all panels before the next rows do: 96 of 576 to 1,536 inputs stay in a second-level cache, where
+// 512 do not; a multiple of every ROWS.
+constexpr int PROJECT_ROWS = 96;
 
 // Rows and ranks whose dot products are computed together: as many sums as hide the latency of one.
 #if defined(__AVX512F__)
@@ -134,7 +142,7 @@ class Decoder final : public Engine {
     explicit Scratch(const Model& model) : attention(model) {}
     Attention<T> attention;
     Buffer state, part;
-    alignas(64) float widened[WIDENED * COLUMNS];
+    alignas(64) float widened[INPUTS * COLUMNS];
     alignas(64) T tail[PAGE_ROWS * COLUMNS];
   };
 
@@ -366,36 +374,42 @@ class Decoder final : public Engine {
     });
   }
 
-  // y = x W, a panel of 32 columns an item.
+  // y = x W, a panel of 32 columns by PROJECT_ROWS rows an item.
   void project(Scratch& mine, const Linear* linears, int count, int rows, int depth, const Rows& x, float* y,
                int y_stride) {
     int starts[4] = {};
     for (int index = 0; index < count; ++index) starts[index + 1] = starts[index] + padded(linears[index].out) / COLUMNS;
-    const int grain = std::max(1, starts[count] / (16 * team_.size()));
-    team_.each(starts[count], grain, [&](int item) {
+    const int panels = starts[count], grain = std::max(1, panels / (16 * team_.size()));
+    team_.each(panels * ((rows + PROJECT_ROWS - 1) / PROJECT_ROWS), grain, [&](int item) {
+      const int first = item / panels * PROJECT_ROWS, here = std::min(PROJECT_ROWS, rows - first);
+      const int place = item % panels;
       int index = 0;
-      while (item >= starts[index + 1]) ++index;
+      while (place >= starts[index + 1]) ++index;
       const Linear& linear = linears[index];
-      const int panel = item - starts[index];
-      const Weight* weight = static_cast<const Weight*>(linear.weight) + size_t(panel) * depth * COLUMNS;
-      float* out = y + size_t(item) * COLUMNS;
-      if (rows <= ROWS) multiply<WEIGHTS_AHEAD>(rows, x[0], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
-      else multiply_widened(mine.widened, rows, x[0], x.stride(), weight, depth, out, y_stride);
+      const Weight* weight = static_cast<const Weight*>(linear.weight) + size_t(place - starts[index]) * depth * COLUMNS;
+      float* out = y + size_t(first) * y_stride + size_t(place) * COLUMNS;
+      if (here <= ROWS) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
+      else multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
     });
   }
 
   // As multiply, in the same order: sums wait in y from one block of inputs to the next.
-  static void multiply_widened(float* widened, int rows, const float* x, int x_stride, const Weight* weight, int depth,
-                               float* y, int y_stride) {
-    for (int start = 0; start < depth; start += WIDENED) {
-      const int here = std::min(WIDENED, depth - start);
-      for (int k = 0; k < here; ++k, weight += COLUMNS) {
-        prefetch(weight, WIDENED * COLUMNS * sizeof(Weight));
-        Floats columns[REGISTERS];
-        load_columns(weight, columns);
-        for (int i = 0; i < REGISTERS; ++i) store(widened + k * COLUMNS + i * LANES, columns[i]);
+  static void multiply_blocks(float* widened, int rows, const float* x, int x_stride, const Weight* weight, int depth,
+                              float* y, int y_stride) {
+    const bool widen = sizeof(Weight) < sizeof(float) && rows > PRODUCTS_UNWIDENED * ROWS;
+    for (int start = 0; start < depth; start += INPUTS, x += INPUTS) {
+      const int here = std::min(INPUTS, depth - start);
+      const Weight* block = weight;
+      weight += size_t(here) * COLUMNS;
+      const size_t next = size_t(here) * COLUMNS * sizeof(Weight);
+      if (!widen) {
+        multiply(rows, x, x_stride, block, COLUMNS, here, y, y_stride, start > 0, weight, next);
+        continue;
       }
-      multiply(rows, x + start, x_stride, widened, COLUMNS, here, y, y_stride, start > 0);
+      for (int k = 0; k < here; ++k)
+        for (int i = 0; i < REGISTERS; ++i)
+          store(widened + k * COLUMNS + i * LANES, load_columns(block + k * COLUMNS, i));
+      multiply(rows, x, x_stride, widened, COLUMNS, here, y, y_stride, start > 0, weight, next);
     }
   }
 
