@@ -261,7 +261,7 @@ def test_a_copy_that_fails_fails_its_adapter_alone(
         raise MemoryError("no room for the copy")
 
     with monkeypatch.context() as patched:
-        patched.setattr(SlotPool, "_write", fault)
+        patched.setattr(SlotPool, "_copy", fault)
         error = failure(replica.server.address, request("x", adapter="two"))
         assert (error.reason, error.field) == ("ADAPTER_FAILED", "adapter")
         assert replica.ask("one").token_ids == expected

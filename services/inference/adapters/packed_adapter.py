@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class PackedAdapter:
             self._view(module, module.b_offset, module.b_bytes),
         )
         for weights in (tensors.a, tensors.b):
-            if not torch.isfinite(weights.to(base.dtype)).all():
+            if not _is_finite(weights.to(base.dtype)):
                 raise FailedPrecondition(
                     "NON_FINITE_WEIGHTS", f"{module.name} holds values that are not finite in {base.dtype}"
                 )
@@ -108,3 +109,8 @@ class PackedAdapter:
 
     def _view(self, module: PackedModule, offset: int, size: int) -> Tensor:
         return self._bytes[offset : offset + size].view(_DTYPES[module.dtype]).view(module.rank, -1)
+
+
+def _is_finite(weights: Tensor) -> bool:
+    """In one pass: a NaN is both the least and the largest, infinities are one of them."""
+    return all(math.isfinite(extreme.item()) for extreme in weights.aminmax())

@@ -56,8 +56,15 @@ class SlotPool:
         pages_per_slot = pages_for(max_lora_rank)
         self._num_pages = max_loras * pages_per_slot
         self.tables = {group: self._table(len(LINEAR_GROUPS[group]), pages_per_slot) for group in shapes}
+        slices = {group: len(shape.out_features) for group, shape in shapes.items()}
+        self._ranks = {
+            group: torch.zeros((num_layers, count, self.num_slots), dtype=torch.int32)
+            for group, count in slices.items()
+        }
+        self._scales = {group: torch.zeros(ranks.shape, dtype=torch.float32) for group, ranks in self._ranks.items()}
         self.weights = [
-            {group: self._weights(group, shape) for group, shape in shapes.items()} for _ in range(num_layers)
+            {group: self._weights(group, shape, layer) for group, shape in shapes.items()}
+            for layer in range(num_layers)
         ]
         self._free_pages = {linear: list(range(self._num_pages)) for group in shapes for linear in LINEAR_GROUPS[group]}
         self._free_slots = list(range(self.num_slots))
@@ -110,34 +117,27 @@ class SlotPool:
         slot = self._slots.pop(digest)
         assert not slot.references, "a held slot is not evicted"
         for linear, pages in slot.pages.items():
-            self._free_pages[linear] += pages
+            self._free_pages[linear][:0] = pages  # the next to be used: their memory is committed already
         slot.pages = {}
         self._set_table(slot)
-        for groups in self.weights:
-            for weights in groups.values():
-                weights.ranks[:, slot.index] = 0
+        for ranks in self._ranks.values():
+            ranks[:, :, slot.index] = 0
         self._free_slots.append(slot.index)
 
     def _copy(self, slot: Slot, adapter: PackedAdapter) -> None:
-        for layer, groups in enumerate(self.weights):
-            for group, weights in groups.items():
-                for index, linear in enumerate(LINEAR_GROUPS[group]):
-                    if linear in slot.pages:
-                        self._write(weights, index, slot, adapter, layer, linear)
-
-    def _write(
-        self, weights: LoraWeights, index: int, slot: Slot, adapter: PackedAdapter, layer: int, linear: str
-    ) -> None:
-        rows = _rows(slot.pages[linear])
-        tensors = adapter.module(layer, linear)
-        rank = 0 if tensors is None else tensors.rank
-        weights.ranks[index, slot.index] = rank
-        weights.scales[index, slot.index] = 0.0 if tensors is None else tensors.scale
-        if tensors is not None:
-            weights.a[index, rows[:rank]] = tensors.a.to(self.dtype)
-            weights.b[index][rows[:rank]] = tensors.b.to(self.dtype)
-        weights.a[index, rows[rank:]] = 0
-        weights.b[index][rows[rank:]] = 0
+        """A step waits for it, so it makes no tensor it can do without: a copy of a page takes less than its view."""
+        for group in self.tables:
+            for index, linear in enumerate(LINEAR_GROUPS[group]):
+                modules = [adapter.module(layer, linear) for layer in range(len(self.weights))]
+                ranks = [0 if module is None else module.rank for module in modules]
+                scales = [0.0 if module is None else module.scale for module in modules]
+                self._ranks[group][:, index, slot.index] = torch.tensor(ranks, dtype=torch.int32)
+                self._scales[group][:, index, slot.index] = torch.tensor(scales)
+                for groups, module in zip(self.weights, modules, strict=True):
+                    a, b = groups[group].a.select(0, index), groups[group].b[index]
+                    for number, page in enumerate(slot.pages.get(linear, ())):
+                        _fill(a, page, None if module is None else module.a, number)
+                        _fill(b, page, None if module is None else module.b, number)
 
     def _set_table(self, slot: Slot) -> None:
         for group, table in self.tables.items():
@@ -154,14 +154,14 @@ class SlotPool:
             rows_per_slice=self._num_pages * PAGE_ROWS,
         )
 
-    def _weights(self, group: str, shape: GroupShape) -> LoraWeights:
+    def _weights(self, group: str, shape: GroupShape, layer: int) -> LoraWeights:
         slices, rows = len(shape.out_features), self._num_pages * PAGE_ROWS
         return LoraWeights(
             group=group,
             a=reserve((slices, rows, shape.in_features), self.dtype),
             b=tuple(reserve((rows, out), self.dtype) for out in shape.out_features),
-            ranks=torch.zeros((slices, self.num_slots), dtype=torch.int32),
-            scales=torch.zeros((slices, self.num_slots), dtype=torch.float32),
+            ranks=self._ranks[group][layer],
+            scales=self._scales[group][layer],
         )
 
     def check_integrity(self) -> None:
@@ -189,5 +189,12 @@ def _pages_needed(adapter: PackedAdapter) -> dict[str, int]:
     return {linear: pages_for(rank) for linear, rank in adapter.ranks.items()}
 
 
-def _rows(pages: Sequence[int]) -> Tensor:
-    return (torch.tensor(pages)[:, None] * PAGE_ROWS + torch.arange(PAGE_ROWS)).flatten()
+def _fill(pool: Tensor, page: int, rows: Tensor | None, number: int) -> None:
+    """Copy the rows of an adapter's page `number` to a page of the pool; what they leave of it is zeroed."""
+    to = pool.narrow(0, page * PAGE_ROWS, PAGE_ROWS)
+    first = number * PAGE_ROWS
+    here = 0 if rows is None else max(0, min(PAGE_ROWS, len(rows) - first))
+    if rows is not None and here:
+        (to if here == PAGE_ROWS else to[:here]).copy_(rows if here == len(rows) else rows[first : first + here])
+    if here < PAGE_ROWS:
+        to[here:].zero_()

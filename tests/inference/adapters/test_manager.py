@@ -316,7 +316,7 @@ def test_a_copy_to_the_pool_that_fails(bench: Bench, monkeypatch: pytest.MonkeyP
         raise MemoryError("no room for the copy")
 
     with monkeypatch.context() as patched:
-        patched.setattr(bench.pool, "_write", fault)
+        patched.setattr(bench.pool, "_copy", fault)
         assert bench.run("half", "half") == [None, None]
     failure = bench.manager.failure(bench.version("half"))
     assert failure is not None and failure.reason == "ADAPTER_FAILED"
@@ -332,7 +332,7 @@ def test_a_copy_to_the_pool_that_fails(bench: Bench, monkeypatch: pytest.MonkeyP
 def test_a_copy_that_fails_while_it_drains(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.bring("half")
     bench.manager.drain("default/half", 1)
-    monkeypatch.setattr(bench.pool, "_write", lambda *_: 1 / 0)
+    monkeypatch.setattr(bench.pool, "_copy", lambda *_: 1 / 0)
     assert bench.run("half") == [None]
     assert bench.state("half") == "FAILED"
     bench.manager.end_drain("default/half", 1, evict=True)
