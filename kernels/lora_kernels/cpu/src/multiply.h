@@ -54,11 +54,11 @@ inline void prefetch(const W* w, int ahead) {
     __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + line);
 }
 
-// Lines of memory to ask for while a product runs: the next one every so many inputs, so that memory is kept busy for
-// as long as the arithmetic lasts, and no longer.
+// Memory to ask for while a product runs, so many bytes further at each input: memory is then kept busy for as long as
+// the arithmetic lasts. A line may be asked for again and again, which costs an instruction and no wait.
 struct Ask {
-  const char* next = nullptr;
-  int every = 1 << 30;  // nothing
+  const char* next;
+  size_t step;
 };
 
 template <int R, int ahead, class W>
@@ -67,24 +67,22 @@ inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_
   Floats sums[R][REGISTERS];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
-  for (int k = 0; k < depth; ask.next += 64) {
-    __builtin_prefetch(ask.next);
-    for (const int end = depth - k < ask.every ? depth : k + ask.every; k < end; ++k, w += w_stride) {
-      if constexpr (ahead > 0) prefetch(w, ahead);
-      if constexpr (R < REGISTERS) {  // of x's values and w's columns the fewer wait in registers for the others
-        Floats values[R];
-        for (int r = 0; r < R; ++r) values[r] = splat(x[r * x_stride + k]);
-        for (int i = 0; i < REGISTERS; ++i) {
-          const Floats columns = load_columns(w, i);
-          for (int r = 0; r < R; ++r) sums[r][i] += values[r] * columns;
-        }
-      } else {
-        Floats columns[REGISTERS];
-        for (int i = 0; i < REGISTERS; ++i) columns[i] = load_columns(w, i);
-        for (int r = 0; r < R; ++r) {
-          const Floats value = splat(x[r * x_stride + k]);
-          for (int i = 0; i < REGISTERS; ++i) sums[r][i] += value * columns[i];
-        }
+  for (int k = 0; k < depth; ++k, w += w_stride, ask.next += ask.step) {
+    if constexpr (ahead > 0) prefetch(w, ahead);
+    else __builtin_prefetch(ask.next);
+    if constexpr (R < REGISTERS) {  // of x's values and w's columns the fewer wait in registers for the others
+      Floats values[R];
+      for (int r = 0; r < R; ++r) values[r] = splat(x[r * x_stride + k]);
+      for (int i = 0; i < REGISTERS; ++i) {
+        const Floats columns = load_columns(w, i);
+        for (int r = 0; r < R; ++r) sums[r][i] += values[r] * columns;
+      }
+    } else {
+      Floats columns[REGISTERS];
+      for (int i = 0; i < REGISTERS; ++i) columns[i] = load_columns(w, i);
+      for (int r = 0; r < R; ++r) {
+        const Floats value = splat(x[r * x_stride + k]);
+        for (int i = 0; i < REGISTERS; ++i) sums[r][i] += value * columns[i];
       }
     }
   }
@@ -106,18 +104,15 @@ inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w,
 //     w: [depth, 32], rows w_stride apart        float32, bf16 or packed bf16
 //     y: [rows, 32], rows y_stride apart         float32
 //     ahead: bytes past a row of w at which memory is asked for what comes next; 0 where w is in cache
-//     asked: bytes asked for evenly while the product runs, from `ask` on
+//     asked: bytes from `ask` on that memory is asked for evenly while the product runs, where `ahead` is 0
 // Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
 template <int ahead = 0, class W>
 void multiply(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
               size_t y_stride, bool add, const void* ask = nullptr, size_t asked = 0) {
-  const int times = (rows + ROWS - 1) / ROWS, lines = int(asked / 64);
-  Ask next;
-  if (lines > 0) next = {static_cast<const char*>(ask), depth * times / lines > 1 ? depth * times / lines : 1};
-  for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride) {
+  const int times = (rows + ROWS - 1) / ROWS;
+  Ask next{static_cast<const char*>(asked > 0 ? ask : w), asked > 0 ? asked / (size_t(depth) * times) : 0};
+  for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride, next.next += next.step * depth)
     multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, w_stride, depth, y, y_stride, add, next);
-    next.next += 64 * (depth / next.every);
-  }
 }
 
 }  // namespace multilora
