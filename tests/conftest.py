@@ -67,7 +67,8 @@ def upload_messages(
 @contextlib.contextmanager
 def run_store(data_dir: Path, *flags: str) -> Iterator[StoreProcess]:
     """Start a store on a free port; it is stopped when the context ends."""
-    command = [sys.executable, "-m", "services.adapter_store", "--port", "0", "--data-dir", str(data_dir), *flags]
+    command = [sys.executable, "-m", "services.adapter_store", "--port", "0", "--data-dir", str(data_dir)]
+    command += ["--admin-port", "-1", *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

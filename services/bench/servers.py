@@ -93,7 +93,8 @@ class S3Server:
 def store(data_dir: Path, *flags: str, environment: Mapping[str, str] | None = None) -> Iterator[Service]:
     """An adapter store of a process of its own, healed and serving."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    command = ["-m", "services.adapter_store", "--port", "0", "--data-dir", str(data_dir), *flags]
+    command = ["-m", "services.adapter_store", "--port", "0", "--admin-port", "-1"]
+    command += ["--data-dir", str(data_dir), *flags]
     with program(command, log=data_dir / "store.log", environment=environment) as service:
         yield service
 
