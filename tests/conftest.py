@@ -182,12 +182,15 @@ def run_inference(config: Any, *, sampler: Any = None, check_integrity: bool = T
 
 def inference_config(model: Path, data_dir: Path, **settings: Any) -> Any:
     """Settings for a small test server; `adapters` settings by their own names (max_loras, …)."""
+    from services.common.auth.settings import SAME_PORT
     from services.inference.config import AdapterConfig, ServerConfig
 
     room = {name: settings.pop(name) for name in list(settings) if name in AdapterConfig.__dataclass_fields__}
     defaults: dict[str, Any] = {
         "port": 0,
         "http_port": 0,
+        "admin_port": SAME_PORT,
+        "adapter_store_admin": settings.get("adapter_store") or "",
         "kv_cache_memory_bytes": 64 << 20,
         "shutdown_grace": 10.0,
         "data_dir": data_dir,

@@ -104,7 +104,7 @@ def inference(data_dir: Path, model: Path, *flags: str) -> Iterator[Replica]:
     """An inference service of a process of its own, on free ports, serving."""
     data_dir.mkdir(parents=True, exist_ok=True)
     command = ["-m", "services.inference", "--model", str(model), "--data-dir", str(data_dir)]
-    command += ["--port", "0", "--http-port", "0", *flags]
+    command += ["--port", "0", "--http-port", "0", "--admin-port", "-1", *flags]
     with program(command, log=data_dir / "inference.log") as service:
         addresses = dict(part.split("=", 1) for part in service.address.split())
         yield Replica(addresses["grpc"], f"http://{addresses['http']}", service.pid)

@@ -57,6 +57,7 @@ class Caller:
 NOBODY = Caller("", Role.ADMIN, EVERY_TENANT)
 
 _caller: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
+_authorization: ContextVar[str] = ContextVar("authorization", default="")
 _facts: ContextVar[dict[str, Any] | None] = ContextVar("facts", default=None)
 
 
@@ -65,17 +66,23 @@ def caller() -> Caller:
     return _caller.get()
 
 
-def enter(who: Caller, facts: dict[str, Any] | None = None) -> None:
+def authorization() -> str:
+    """What they said to be known by; empty when they did not have to. Not for logs."""
+    return _authorization.get()
+
+
+def enter(who: Caller, authorization: str | None = None, facts: dict[str, Any] | None = None) -> None:
     """From here on this task works for `who`; every call is handled in a task of its own.
 
     facts: filled by `note`; None where nobody keeps them
     """
     _caller.set(who)
+    _authorization.set(authorization or "")
     _facts.set(facts)
 
 
 def note(**facts: object) -> None:
-    """Say in the audit record what this call is about."""
+    """Say in the audit record what this call is about; `outcome`, when it was refused without an error of its own."""
     kept = _facts.get()
     if kept is not None:
         kept |= facts

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from services.common.auth.callers import authorization
 from services.common.auth.guard import AUTHORIZATION
 from services.common.errors import InvalidArgument
 
@@ -23,7 +24,6 @@ class Credentials:
     tls: with the CAs of this machine
     cert, key: PEM, shown to a service that asks for them
     token_file: read at every call, so that it can be changed under a running client
-    flags: what the settings are called, for refusals
     """
 
     ca: Path | None = None
@@ -60,6 +60,12 @@ class Credentials:
             return None
         ca, key, cert = (None if path is None else _read(path) for path in (self.ca, self.key, self.cert))
         return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def callers_metadata() -> Metadata:
+    """What the call being handled came with, to ask another service in the caller's name; empty when nothing."""
+    given = authorization()
+    return ((AUTHORIZATION, given),) if given else ()
 
 
 def bearer(token: str) -> Metadata:

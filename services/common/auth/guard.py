@@ -59,13 +59,13 @@ class Guard:
             raise PermissionDenied("NOT_PERMITTED", f"{key} has no row in the permission table")
         if self._audit is None or not rule.changes:
             _check(rule, key, who)
-            enter(who)
+            enter(who, authorization)
             with contextlib.nullcontext() if who.budget is None else who.budget.request():
                 yield
             return
         with self._recorded(self._audit, key, who, peer(), facts()) as kept:
             _check(rule, key, who)
-            enter(who, kept)
+            enter(who, authorization, kept)
             with contextlib.nullcontext() if who.budget is None else who.budget.request():
                 yield
 
@@ -111,7 +111,7 @@ class Guard:
         outcome = "INTERNAL"
         try:
             yield facts
-            outcome = "OK"
+            outcome = facts.pop("outcome", "OK")
         except MultiloraError as error:
             outcome = error.reason
             raise

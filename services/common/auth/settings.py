@@ -115,6 +115,12 @@ def admin_port(asked: int | None, port: int) -> int:
     return port + ADMIN_PORT_OFFSET if port else 0
 
 
+def admin_address(address: str) -> str:
+    """Where the service at `host:port` is administered, unless it was told otherwise."""
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + ADMIN_PORT_OFFSET}" if port.isdigit() else address
+
+
 def _add(parser: argparse.ArgumentParser, flag: str, text: str, metavar: str) -> None:
     variable = f"MULTILORA_{flag.removeprefix('--').replace('-', '_').upper()}"
     default = os.environ.get(variable, "")

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from services.common.auth.callers import note
 from services.common.errors import MultiloraError
 
 HTTP_STATUS = {
@@ -58,6 +59,7 @@ def _body(status: int, message: str, param: str | None, code: str) -> dict[str, 
 
 async def on_multilora_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MultiloraError)
+    note(outcome=error.reason)
     headers = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
     if error.code == "UNAUTHENTICATED":
         headers["WWW-Authenticate"] = "Bearer"
