@@ -125,7 +125,9 @@ async def _serve(config: ServerConfig) -> None:
         where = f"grpc={config.host}:{running.port}"
         if running.http_port is not None:
             where += f" http={config.host}:{running.http_port}"
-        print(f"listening on {where} admin={config.host}:{running.admin_port}", flush=True)
+        if running.admin_port != running.port:
+            where += f" admin={config.host}:{running.admin_port}"
+        print(f"listening on {where}", flush=True)
         await first_of(wait_for_signal(), running.serving.engine.died.wait())
         death = running.serving.engine.death
     if death is not None:
