@@ -50,7 +50,5 @@ def permission_rows() -> list[Row]:
     for key, rule in RULES.items():
         roles = {str(role): "yes" if may(rule, role, every_tenant=True) else "" for role in Role}
         kind = "open" if rule.open else "" if may(rule, ADMIN, every_tenant=False) else "yes"
-        rows.append(
-            {"call": key.rpartition("/")[2] if key.startswith("/") else key, **roles, "every_tenant_only": kind}
-        )
+        rows.append({"call": key.rpartition(".")[2], **roles, "every_tenant_only": kind})
     return rows
