@@ -91,11 +91,12 @@ class StepRecord:
 
 @dataclass
 class InferenceServer:
-    """The inference service, served from a thread of this process."""
+    """The inference service, served from a thread of this process. admin: `address`, unless it has a port of its own"""
 
     address: str
     http: str
     serving: Any
+    admin: str
     steps: list[StepRecord] = field(default_factory=list)
     go_on: threading.Event = field(default_factory=threading.Event)
 
@@ -168,9 +169,8 @@ def run_inference(config: Any, *, sampler: Any = None, check_integrity: bool = T
         if "error" in box:
             raise box["error"]
         running = box["running"]
-        yield InferenceServer(
-            f"127.0.0.1:{running.port}", f"http://127.0.0.1:{running.http_port}", running.serving, steps, go_on
-        )
+        http, admin = f"http://127.0.0.1:{running.http_port}", f"127.0.0.1:{running.admin_port}"
+        yield InferenceServer(f"127.0.0.1:{running.port}", http, running.serving, admin, steps, go_on)
     finally:
         go_on.set()
         stop.set()
