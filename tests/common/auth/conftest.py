@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 import pytest
 
-from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2_grpc
-from multilora.inference.v1 import control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
+from multilora.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.bench.certificates import Authority
 from services.common.auth.credentials import Credentials
 from services.common.auth.permissions import Role
@@ -39,7 +39,6 @@ tokens_per_minute = 4
 max_adapters = 1
 max_bytes = 1000000
 """
-STORE_SERVICES = (store_pb2_grpc.AdapterStoreServiceStub, admin_pb2_grpc.AdapterAdminServiceStub)
 
 
 @dataclass
@@ -96,16 +95,19 @@ class World:
     store: str
     store_admin: str
     tokens: dict[str, str]
-    inference: InferenceServer = field(init=False)
+    inference: InferenceServer = field(init=False, repr=False)
     records: list[str] = field(default_factory=list)
 
     def address_of(self, kind: Any) -> str:
-        return {
-            store_pb2_grpc.AdapterStoreServiceStub: self.store,
-            admin_pb2_grpc.AdapterAdminServiceStub: self.store_admin,
-            inference_pb2_grpc.InferenceServiceStub: self.inference.address,
-            control_pb2_grpc.AdapterControlServiceStub: self.inference.admin,
-        }[kind]
+        match kind.__name__.removesuffix("Stub"):
+            case "AdapterStoreService":
+                return self.store
+            case "AdapterAdminService":
+                return self.store_admin
+            case "InferenceService":
+                return self.inference.address
+            case _:
+                return self.inference.admin
 
     def client(self, name: str) -> Client:
         """`acme-reader`; an empty name shows no token."""
