@@ -27,7 +27,7 @@ from tests.assets.random_adapter import make_random_adapter
 from tests.clients import Answer, request
 from tests.conftest import ROOT, TINY_BASE, InferenceServer, inference_config, run_inference, upload_messages
 
-TENANTS = ("acme", "beta", "slow", "busy", "frugal", "small")
+TENANTS = ("acme", "beta", "slow", "busy", "frugal", "small", "gamma")
 LIMITS = """
 [tenants.slow]
 requests_per_second = 0.01

@@ -25,16 +25,16 @@ def last(world: World, service: str, call: str) -> dict[str, Any]:
 
 
 def test_the_stores_record_says_who_did_what(world: World, adapters: Adapters) -> None:
-    publisher = world.client("acme-publisher")
+    publisher = world.client("gamma-publisher")
     publisher.register("recorded", adapters.directory)
     entry = last(world, "store", "/RegisterVersion")
-    assert (entry["who"], entry["role"], entry["tenant"]) == ("acme-publisher", "publisher", "acme")
+    assert (entry["who"], entry["role"], entry["tenant"]) == ("gamma-publisher", "publisher", "gamma")
     assert (entry["service"], entry["peer"], entry["outcome"]) == ("adapter-store", "127.0.0.1", "OK")
-    assert entry["what"]["adapter"] == "acme/recorded"
+    assert entry["what"]["adapter"] == "gamma/recorded"
     assert entry["what"]["version"] == 1
     publisher.admin("SetAlias", adapter="recorded", alias="canary", targets=TARGETS)
     entry = last(world, "store", "/SetAlias")
-    assert entry["what"] == {"adapter": "acme/recorded", "alias": "canary", "targets": [{"version": 1}]}
+    assert entry["what"] == {"adapter": "gamma/recorded", "alias": "canary", "targets": [{"version": 1}]}
 
 
 def test_refused_changes_stand_there_too(world: World, adapters: Adapters) -> None:
