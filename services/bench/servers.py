@@ -52,11 +52,12 @@ class Service:
 
 @dataclass(frozen=True)
 class Replica:
-    """A running inference service; http is a base URL."""
+    """A running inference service; http is a base URL. admin: `grpc`, unless it has a port of its own"""
 
     grpc: str
     http: str
     pid: int
+    admin: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def inference(data_dir: Path, model: Path, *flags: str) -> Iterator[Replica]:
     command += ["--port", "0", "--http-port", "0", "--admin-port", "-1", *flags]
     with program(command, log=data_dir / "inference.log") as service:
         addresses = dict(part.split("=", 1) for part in service.address.split())
-        yield Replica(addresses["grpc"], f"http://{addresses['http']}", service.pid)
+        grpc = addresses["grpc"]
+        yield Replica(grpc, f"http://{addresses['http']}", service.pid, addresses.get("admin", grpc))
 
 
 def embedded_model() -> Path:
