@@ -25,7 +25,7 @@ from services.bench.certificates import Authority
 from services.cli.tokens import COLUMNS, permission_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAPTERS = ROOT / "tests" / "assets" / "adapters"
+ADAPTERS = Path("tests/assets/adapters")
 BASE_MODEL = "smollm2-135m-instruct"
 TRAINED_ON = "HuggingFaceTB/SmolLM2-135M-Instruct"
 QUESTION = "What is the capital of France?"
@@ -52,7 +52,7 @@ class Demo:
     audit: Path
 
     def run(self, who: str, *arguments: str, refused: str = "") -> str:
-        """Show a command and what it says, as `who`. refused: the reason it must be refused with; empty: it must not."""
+        """Show a command and what it says, as `who`. refused: the reason it must be refused with, if any."""
         console.print(f"\n[bold]{who}$[/bold] multilora {shlex.join(arguments)}", highlight=False)
         done = _multilora([*self.where, *arguments], self.tokens.get(who, ""))
         said = (done.stdout + done.stderr).strip()
@@ -127,7 +127,8 @@ def show_audit(path: Path) -> None:
     for line in path.read_text().splitlines():
         entry = json.loads(line)
         call = entry["call"].rpartition(".")[2]
-        text = f"{entry['at'][:19]}  {entry['who']:<8} {call:<40} {entry['outcome']:<18} {entry['what'].get('adapter', '')}"
+        what = entry["what"].get("adapter", "")
+        text = f"{entry['at'][:19]}  {entry['who']:<8} {call:<37} {entry['outcome']:<18} {what}"
         console.print(text, highlight=False, markup=False)
 
 
