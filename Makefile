@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak test test-asan test-engine-long test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store demo-secure serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak test test-asan test-engine-long test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,6 +59,9 @@ demo: $(VENV)/.run ## both services, three adapters, one mixed batch
 
 demo-store: $(VENV)/.servers ## the store on Redis and S3: split, roll back, delete, collect, wipe, rebuild
 	@$(BIN)/python deploy/demo_store.py
+
+demo-secure: $(VENV)/.run ## two tenants, TLS and tokens: each sees its own; what each role may do
+	@$(BIN)/python deploy/demo_secure.py
 
 serve: $(VENV)/.run ## both services on their ports, adapters registered, until Ctrl-C
 	@$(BIN)/python deploy/demo.py serve $(SERVE_FLAGS)

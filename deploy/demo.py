@@ -50,10 +50,12 @@ if not console.is_terminal:
 
 @dataclass(frozen=True)
 class Services:
-    """Both services, answering. Seconds until each did."""
+    """Both services, answering, and where they are administered. Seconds until each did."""
 
     store: str
+    store_admin: str
     inference: str
+    inference_admin: str
     http: str
     store_seconds: float
     inference_seconds: float
@@ -89,14 +91,17 @@ def services(options: argparse.Namespace, data_dir: Path, *, ports: Sequence[int
     store_command = [*python, "services.adapter_store", "--port", str(store_port)]
     store_command += ["--data-dir", str(data_dir / "store"), "--uri-root", str(ADAPTERS)]
     with _process(store_command) as (store_line, store_seconds):
-        store = store_line.removeprefix("listening on ")
+        store, store_admin = store_line.removeprefix("listening on ").split(" admin=")
         command = [*python, "services.inference", "--model", str(options.model), "--served-model-name", BASE_MODEL]
-        command += ["--adapter-store", store, "--data-dir", str(data_dir / "inference"), "--dtype", options.dtype]
+        command += ["--adapter-store", store, "--adapter-store-admin", store_admin]
+        command += ["--data-dir", str(data_dir / "inference"), "--dtype", options.dtype]
         command += ["--max-loras", str(options.max_loras), "--max-lora-rank", str(options.max_lora_rank)]
         command += ["--max-model-len", "4096", "--port", str(grpc_port), "--http-port", str(http_port)]
         with _process(command) as (line, seconds):
             addresses = dict(word.split("=") for word in line.removeprefix("listening on ").split())
-            yield Services(store, addresses["grpc"], addresses["http"], store_seconds, seconds)
+            yield Services(
+                store, store_admin, addresses["grpc"], addresses["admin"], addresses["http"], store_seconds, seconds
+            )
 
 
 @contextlib.contextmanager
@@ -221,12 +226,12 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"adapter store      {running.store}  ready after {running.store_seconds:.1f} s")
         console.print(f"inference service  {running.inference}  ready after {running.inference_seconds:.1f} s")
         console.print("\n[bold]Registered through the store's admin RPC[/bold]")
-        for line in register(running.store, options.model, options.max_lora_rank):
+        for line in register(running.store_admin, options.model, options.max_lora_rank):
             console.print(line, highlight=False)
         console.print()
         ask_all(running.inference, "One mixed batch: adapters come from the store while the base model answers")
         ask_all(running.inference, "The same again: adapters are in the slot pool")
-        with grpc.insecure_channel(running.inference) as channel:
+        with grpc.insecure_channel(running.inference_admin) as channel:
             control = control_pb2_grpc.AdapterControlServiceStub(channel)
             info = control.GetServerInfo(control_pb2.GetServerInfoRequest())
         together = f"up to {info.max_adapters_in_step} adapters and the base model in one forward pass"
@@ -239,7 +244,7 @@ def serve(options: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.set())
     with services(options, options.data_dir, ports=(50052, 50051, 8000)) as running:
-        register(running.store, options.model, options.max_lora_rank)
+        register(running.store_admin, options.model, options.max_lora_rank)
         bin_dir = Path(sys.executable).parent
         with contextlib.suppress(ValueError):
             bin_dir = bin_dir.relative_to(Path.cwd())

@@ -63,7 +63,7 @@ class Demo:
 
     def run(self, *arguments: str, actor: str = "", shown: str = "", refused: str = "", quiet: bool = False) -> str:
         """One `multilora` command and its output, both printed. refused: it must be, for this reason or word."""
-        command = ["--store", self.store, *(["--actor", actor] if actor else []), *arguments]
+        command = ["--store-admin", self.store, *(["--actor", actor] if actor else []), *arguments]
         if not quiet:
             line = shown or shlex.join(["multilora", *(["--actor", actor] if actor else []), *arguments])
             console.print(f"[dim]$[/dim] {line}", style="cyan", markup=True, soft_wrap=True)

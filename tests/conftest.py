@@ -67,7 +67,8 @@ def upload_messages(
 @contextlib.contextmanager
 def run_store(data_dir: Path, *flags: str) -> Iterator[StoreProcess]:
     """Start a store on a free port; it is stopped when the context ends."""
-    command = [sys.executable, "-m", "services.adapter_store", "--port", "0", "--data-dir", str(data_dir), *flags]
+    command = [sys.executable, "-m", "services.adapter_store", "--port", "0", "--data-dir", str(data_dir)]
+    command += ["--admin-port", "-1", *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -90,11 +91,12 @@ class StepRecord:
 
 @dataclass
 class InferenceServer:
-    """The inference service, served from a thread of this process."""
+    """The inference service, served from a thread of this process. admin: `address`, unless it has a port of its own"""
 
     address: str
     http: str
     serving: Any
+    admin: str
     steps: list[StepRecord] = field(default_factory=list)
     go_on: threading.Event = field(default_factory=threading.Event)
 
@@ -167,9 +169,8 @@ def run_inference(config: Any, *, sampler: Any = None, check_integrity: bool = T
         if "error" in box:
             raise box["error"]
         running = box["running"]
-        yield InferenceServer(
-            f"127.0.0.1:{running.port}", f"http://127.0.0.1:{running.http_port}", running.serving, steps, go_on
-        )
+        http, admin = f"http://127.0.0.1:{running.http_port}", f"127.0.0.1:{running.admin_port}"
+        yield InferenceServer(f"127.0.0.1:{running.port}", http, running.serving, admin, steps, go_on)
     finally:
         go_on.set()
         stop.set()
@@ -181,12 +182,15 @@ def run_inference(config: Any, *, sampler: Any = None, check_integrity: bool = T
 
 def inference_config(model: Path, data_dir: Path, **settings: Any) -> Any:
     """Settings for a small test server; `adapters` settings by their own names (max_loras, …)."""
+    from services.common.auth.settings import SAME_PORT
     from services.inference.config import AdapterConfig, ServerConfig
 
     room = {name: settings.pop(name) for name in list(settings) if name in AdapterConfig.__dataclass_fields__}
     defaults: dict[str, Any] = {
         "port": 0,
         "http_port": 0,
+        "admin_port": SAME_PORT,
+        "adapter_store_admin": settings.get("adapter_store") or "",
         "kv_cache_memory_bytes": 64 << 20,
         "shutdown_grace": 10.0,
         "data_dir": data_dir,

@@ -14,8 +14,9 @@ from typing import NoReturn
 from services.adapter_store.backends import open_index, open_place, open_root
 from services.adapter_store.collection import DELETE_GRACE_SECONDS
 from services.adapter_store.config import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_PORT, S3_ADDRESSING, StoreConfig
-from services.adapter_store.server import make_server, serving
+from services.adapter_store.server import make_server, make_servers, serving
 from services.adapter_store.store import AdapterStore
+from services.common.auth.settings import ADMIN_PORT_OFFSET, SAME_PORT, Security, admin_port
 from services.common.errors import InvalidArgument, MultiloraError
 from services.common.process import settle
 from services.common.rpc import wait_for_signal
@@ -51,6 +52,12 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
     parser = _OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any free one (default: %(default)s)")
+    parser.add_argument(
+        "--admin-port",
+        type=int,
+        help=f"of administration; 0: any free one, {SAME_PORT}: --port itself (default: --port + {ADMIN_PORT_OFFSET})",
+    )
+    Security.add_flags(parser)
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -105,6 +112,8 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
     return StoreConfig(
         host=flags.host,
         port=flags.port,
+        admin_port=flags.admin_port,
+        security=Security.of_flags(flags),
         data_dir=flags.data_dir,
         uri_roots=tuple(flags.uri_root),
         max_upload_bytes=flags.max_upload_bytes,
@@ -120,8 +129,15 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
 
 async def serve(config: StoreConfig) -> None:
     """Serve until a signal, then let calls in flight end. Raises MultiloraError when it cannot start."""
-    server = make_server()
-    port = server.bind(config.address)
+    guard, tls = config.security.guard("adapter-store"), config.security.tls()
+    asked, admin = admin_port(config.admin_port, config.port), None
+    if asked == SAME_PORT:
+        server = make_server(guard, tls)
+    else:
+        server, admin = make_servers(guard, tls)
+    where = config.address(server.bind(config.address(config.port)))
+    if admin is not None:
+        where += f" admin={config.address(admin.bind(config.address(asked)))}"
     blobs, entries = open_place(
         config.blobs_place,
         staging=config.data_dir,
@@ -139,8 +155,8 @@ async def serve(config: StoreConfig) -> None:
     )
     store.heal()
     settle()
-    async with serving(server, store, stop_grace=STOP_GRACE_SECONDS):
-        print(f"listening on {config.host}:{port}", flush=True)
+    async with serving(server, store, admin=admin, stop_grace=STOP_GRACE_SECONDS):
+        print(f"listening on {where}", flush=True)
         log.info("blobs and log in %s, index in %s", config.blobs_place, config.index_shown)
         await wait_for_signal()
         log.info("stopping")

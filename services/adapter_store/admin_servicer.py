@@ -16,11 +16,13 @@ from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
 from services.adapter_store import convert
 from services.adapter_store.actor import actor_of
 from services.adapter_store.findings import Reason
+from services.adapter_store.quota import callers_quota
 from services.adapter_store.receiving import receive_files, receive_header
 from services.adapter_store.store import AdapterStore
+from services.common.auth.callers import caller, named, named_to_change, note
 from services.common.errors import InvalidArgument
 from services.common.profile import DEFAULT_LORA_RANK, profile_from_config
-from services.common.references import parse_name
+from services.common.references import check_name
 from services.common.wire import ADMIN_SERVICE, UploadPart, parse_part
 
 # A read and a message each, as for pulls.
@@ -75,10 +77,13 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         self, request_iterator: AsyncIterator[UploadPart | None], context: Context
     ) -> admin_pb2.RegisterVersionResponse:
         header = convert.upload_header(await receive_header(request_iterator))
-        upload = await asyncio.to_thread(self._store.registration.begin_upload, header)
+        note(base_model=header.base_model, promote=header.promote)
+        actor, quota = actor_of(context), callers_quota()
+        upload = await asyncio.to_thread(self._store.registration.begin_upload, header, quota)
         await receive_files(request_iterator, upload)
-        register = partial(self._store.registration.register, header, upload, actor=actor_of(context))
+        register = partial(self._store.registration.register, header, upload, actor=actor, quota=quota)
         registered = await self._finish(register, self._workers)
+        note(version=registered.version.number, digest=registered.version.content.content_digest)
         return admin_pb2.RegisterVersionResponse(
             version=convert.version_message(registered.version),
             existed=registered.existed,
@@ -91,6 +96,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         header = convert.upload_header(request.header)
         register = partial(self._store.registration.register_from_uri, header, request.uri, actor=actor_of(context))
         registered = await self._finish(register, self._workers)
+        note(version=registered.version.number, digest=registered.version.content.content_digest)
         return admin_pb2.RegisterFromUriResponse(
             version=convert.version_message(registered.version),
             existed=registered.existed,
@@ -112,14 +118,18 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         return convert.validated_message(validated)
 
     async def GetAdapter(self, request: admin_pb2.GetAdapterRequest, context: Context) -> admin_pb2.GetAdapterResponse:
-        adapter = await asyncio.to_thread(self._store.catalog.adapter, parse_name(request.adapter))
+        adapter = await asyncio.to_thread(self._store.catalog.adapter, named(request.adapter))
         return admin_pb2.GetAdapterResponse(adapter=convert.adapter_message(adapter))
 
     async def ListAdapters(
         self, request: admin_pb2.ListAdaptersRequest, context: Context
     ) -> admin_pb2.ListAdaptersResponse:
+        tenants = caller().tenants
+        if request.tenant:
+            asked = check_name(request.tenant, field="tenant", what="tenant")
+            tenants = [asked] if caller().sees(asked) else []
         adapters, token = await asyncio.to_thread(
-            self._store.catalog.adapters, request.tenant, request.page_size, request.page_token
+            self._store.catalog.adapters, tenants, request.page_size, request.page_token
         )
         return admin_pb2.ListAdaptersResponse(adapters=map(convert.adapter_message, adapters), next_page_token=token)
 
@@ -128,7 +138,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
     ) -> admin_pb2.ListVersionsResponse:
         versions, token = await asyncio.to_thread(
             self._store.catalog.versions,
-            parse_name(request.adapter),
+            named(request.adapter),
             include_deleted=request.include_deleted,
             page_size=request.page_size,
             page_token=request.page_token,
@@ -136,13 +146,13 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
         return admin_pb2.ListVersionsResponse(versions=map(convert.version_message, versions), next_page_token=token)
 
     async def GetVersion(self, request: admin_pb2.GetVersionRequest, context: Context) -> admin_pb2.GetVersionResponse:
-        name, number = parse_name(request.adapter), convert.version_number(request.version)
+        name, number = named(request.adapter), convert.version_number(request.version)
         version = await asyncio.to_thread(self._store.catalog.version, name, number)
         return admin_pb2.GetVersionResponse(version=convert.version_message(version))
 
     async def GetHistory(self, request: admin_pb2.GetHistoryRequest, context: Context) -> admin_pb2.GetHistoryResponse:
         entries, token = await asyncio.to_thread(
-            self._store.history, parse_name(request.adapter), request.page_size, request.page_token
+            self._store.history, named(request.adapter), request.page_size, request.page_token
         )
         return admin_pb2.GetHistoryResponse(
             entries=[convert.history_message(seq, entry) for seq, entry in entries], next_page_token=token
@@ -151,7 +161,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
     async def SetAlias(self, request: admin_pb2.SetAliasRequest, context: Context) -> admin_pb2.SetAliasResponse:
         change = partial(
             self._store.changes.set_alias,
-            parse_name(request.adapter),
+            named_to_change(request.adapter),
             request.alias,
             convert.targets(request.targets),
             expected_revision=convert.expected_revision(request),
@@ -164,7 +174,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
     ) -> admin_pb2.DeleteAliasResponse:
         change = partial(
             self._store.changes.delete_alias,
-            parse_name(request.adapter),
+            named_to_change(request.adapter),
             request.alias,
             expected_revision=convert.expected_revision(request),
             actor=actor_of(context),
@@ -174,14 +184,14 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
     async def DeleteVersion(
         self, request: admin_pb2.DeleteVersionRequest, context: Context
     ) -> admin_pb2.DeleteVersionResponse:
-        name, number = parse_name(request.adapter), convert.version_number(request.version)
+        name, number = named_to_change(request.adapter), convert.version_number(request.version)
         await asyncio.to_thread(partial(self._store.changes.delete_version, name, number, actor=actor_of(context)))
         return admin_pb2.DeleteVersionResponse()
 
     async def UndeleteVersion(
         self, request: admin_pb2.UndeleteVersionRequest, context: Context
     ) -> admin_pb2.UndeleteVersionResponse:
-        name, number = parse_name(request.adapter), convert.version_number(request.version)
+        name, number = named_to_change(request.adapter), convert.version_number(request.version)
         await asyncio.to_thread(partial(self._store.changes.undelete_version, name, number, actor=actor_of(context)))
         version = await asyncio.to_thread(self._store.catalog.version, name, number)
         return admin_pb2.UndeleteVersionResponse(version=convert.version_message(version))
@@ -189,7 +199,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
     async def DownloadVersion(
         self, request: admin_pb2.DownloadVersionRequest, context: Context
     ) -> AsyncIterator[admin_pb2.DownloadVersionResponse]:
-        name, number = parse_name(request.adapter), convert.version_number(request.version)
+        name, number = named(request.adapter), convert.version_number(request.version)
         reader = await asyncio.to_thread(self._store.open_file, name, number, request.file)
         with reader.closing():
             offset, total_size = 0, reader.size

@@ -11,6 +11,7 @@ from services.adapter_store.findings import shown
 from services.adapter_store.index.interface import Index, Stored, Totals
 from services.adapter_store.log.entry import content_of
 from services.adapter_store.log.fold import AdapterState
+from services.adapter_store.quota import Usage
 from services.adapter_store.records import Adapter, Version, VersionContent
 from services.adapter_store.streams import (
     ADAPTERS,
@@ -20,9 +21,10 @@ from services.adapter_store.streams import (
     base_model_stream,
     modules_key,
 )
+from services.common.auth.callers import adapter_not_found
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.profile import BaseModelProfile
-from services.common.references import LATEST, AdapterName, AdapterReference, check_name, parse_name
+from services.common.references import LATEST, AdapterName, AdapterReference, parse_name
 from services.common.split import Target
 
 DEFAULT_PAGE = 100
@@ -32,6 +34,7 @@ MAX_PAGE = 1000
 class Catalog:
     def __init__(self, index: Index) -> None:
         self._index = index
+        self._sizes: dict[str, tuple[int, int]] = {}  # of a stream: the entries applied, its bytes then
 
     def base_model(self, name: str) -> BaseModelProfile | None:
         stored = self._index.get(base_model_stream(name))
@@ -75,13 +78,17 @@ class Catalog:
         """Raises NotFound."""
         return adapter_record(name, *self._state(name))
 
-    def adapters(self, tenant: str, page_size: int, page_token: str) -> tuple[list[Adapter], str]:
-        """A page by name, and the token of the next; the token is the last name of the page."""
-        if tenant:
-            check_name(tenant, field="tenant", what="tenant")
+    def adapters(self, tenants: Sequence[str] | None, page_size: int, page_token: str) -> tuple[list[Adapter], str]:
+        """A page by name, and the token of the next; the token is the last name of the page.
+
+        tenants: whose, in order; None: everybody's
+        """
         after = adapter_stream(parse_name(page_token, field="page_token")) if page_token else ""
         limit = page_limit(page_size)
-        found = self._index.scan(f"{ADAPTERS}{tenant}/" if tenant else ADAPTERS, after, limit + 1)
+        found: list[tuple[str, Stored]] = []
+        for prefix in [ADAPTERS] if tenants is None else [f"{ADAPTERS}{tenant}/" for tenant in tenants]:
+            if len(found) <= limit:
+                found += self._index.scan(prefix, after, limit + 1 - len(found))
         page = [adapter_record(adapter_of(stream), *_decoded(stored)) for stream, stored in found[:limit]]
         return page, str(page[-1].name) if len(found) > limit else ""
 
@@ -103,6 +110,25 @@ class Catalog:
         numbers = [n for n in range(newest, 0, -1) if include_deleted or state.versions[n - 1].live][: limit + 1]
         return self._read(adapter, state, numbers[:limit]), str(numbers[limit - 1]) if len(numbers) > limit else ""
 
+    def usage(self, tenant: str) -> Usage:
+        """What the tenant keeps; of an adapter that has not changed since the last time, nothing is read again."""
+        adapters, total, prefix, after = 0, 0, f"{ADAPTERS}{tenant}/", ""
+        while page := self._index.scan(prefix, after, MAX_PAGE):
+            for stream, stored in page:
+                kept = self._sizes.get(stream)
+                if kept is None or kept[0] != stored.seq:
+                    kept = self._sizes[stream] = stored.seq, self._size(stream, stored)
+                adapters, total = adapters + (kept[1] > 0), total + kept[1]
+            after = page[-1][0]
+        return Usage(adapters, total)
+
+    def _size(self, stream: str, stored: Stored) -> int:
+        """Packed bytes of the versions that are not collected."""
+        versions = AdapterState.from_json(stored.state).versions
+        keys = [str(number) for number, version in enumerate(versions, 1) if not version.collected]
+        documents = self._index.documents(stream, keys)
+        return sum(int(json.loads(document)["pack_size"]) for document in documents.values())
+
     def has_pack(self, digest: str) -> bool:
         return self._index.has_pack(digest)
 
@@ -112,7 +138,7 @@ class Catalog:
     def _state(self, name: AdapterName) -> tuple[int, AdapterState]:
         stored = self._index.get(adapter_stream(name))
         if stored is None:
-            raise refusals.adapter_not_found(name)
+            raise adapter_not_found(name)
         return _decoded(stored)
 
     def _read(

@@ -21,6 +21,7 @@ from services.adapter_store.log.entry import (
 from services.adapter_store.log.fold import AdapterState
 from services.adapter_store.records import Adapter
 from services.adapter_store.streams import adapter_of, adapter_stream, base_model_stream
+from services.common.auth.callers import adapter_not_found
 from services.common.errors import InvalidArgument
 from services.common.profile import BaseModelProfile
 from services.common.references import LATEST, STABLE, AdapterName, check_name
@@ -154,7 +155,7 @@ class Changes:
 
 def _existing(adapter: AdapterName, folded: Folded, expected_revision: int | None = None) -> AdapterState:
     if folded.seq == 0:
-        raise refusals.adapter_not_found(adapter)
+        raise adapter_not_found(adapter)
     if expected_revision is not None and folded.seq != expected_revision:
         raise refusals.revision_conflict(adapter, expected_revision, folded.seq)
     assert isinstance(folded.state, AdapterState)

@@ -9,6 +9,7 @@ from services.adapter_store.backends import INDEX_FILE
 from services.adapter_store.collection import DELETE_GRACE_SECONDS
 from services.adapter_store.index.redis_config import SCHEMES, RedisConfig, without_password
 from services.adapter_store.s3_config import S3Config
+from services.common.auth.settings import SAME_PORT, Security, admin_port
 from services.common.errors import InvalidArgument
 
 DEFAULT_PORT = 50052
@@ -21,6 +22,7 @@ class StoreConfig:
     """Settings of one store process.
 
     port: 0 means any free one
+    admin_port: of AdapterAdminService; None is 10 above the other port, -1 that port itself
     data_dir: everything the store keeps
     uri_roots: what RegisterFromUri may read beneath, directories and s3://bucket/prefix; none means it may not
     max_upload_bytes: of both files of one upload together
@@ -29,11 +31,13 @@ class StoreConfig:
     s3_endpoint_url, s3_region: empty: the AWS environment's
     s3_addressing: of the bucket: in the path, in the host name, or whichever suits the endpoint
     delete_grace: seconds in which a deleted version can be brought back
+    security: who may call
     Raises InvalidArgument naming the flag.
     """
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
+    admin_port: int | None = None
     data_dir: Path = Path(".data/store")
     uri_roots: tuple[str, ...] = ()
     max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES
@@ -44,12 +48,16 @@ class StoreConfig:
     s3_region: str = ""
     s3_addressing: str = "auto"
     delete_grace: float = DELETE_GRACE_SECONDS
+    security: Security = field(default_factory=Security)
 
     def __post_init__(self) -> None:
         if not self.host:
             raise _invalid("--host", "is empty; name an address, as 127.0.0.1")
         if not 0 <= self.port <= 65535:
             raise _invalid("--port", f"is {self.port}; it must be 0 to 65535")
+        if not SAME_PORT <= admin_port(self.admin_port, self.port) <= 65535:
+            raise _invalid("--admin-port", f"is {self.admin_port}; it must be 0 to 65535, or {SAME_PORT}")
+        self.security.check_host(self.host)
         if self.max_upload_bytes < 1:
             raise _invalid("--max-upload-bytes", f"is {self.max_upload_bytes}; it must be 1 or more")
         if self.data_dir.exists() and not self.data_dir.is_dir():
@@ -109,10 +117,9 @@ class StoreConfig:
         """The place of the index, without a password."""
         return without_password(self.index_place)
 
-    @property
-    def address(self) -> str:
+    def address(self, port: int) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        return f"{host}:{port}"
 
 
 def _is_s3(place: str) -> bool:

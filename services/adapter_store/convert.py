@@ -13,6 +13,7 @@ from services.adapter_store.findings import Finding
 from services.adapter_store.log.entry import Entry, subject
 from services.adapter_store.records import Adapter, BoundModule, Overrides, UploadHeader, Validated, Version
 from services.adapter_store.streams import ADAPTERS, BASE_MODELS, ChangeRecord
+from services.common.auth.callers import caller, check_own
 from services.common.errors import InvalidArgument
 from services.common.profile import BaseModelProfile
 from services.common.references import parse_name
@@ -32,11 +33,13 @@ KINDS = {
 
 
 def upload_header(header: admin_pb2.RegisterVersionHeader) -> UploadHeader:
-    """Raises InvalidArgument when a name is missing or no name."""
+    """Raises InvalidArgument when a name is missing or no name, PermissionDenied for another tenant's."""
     if not header.base_model:
         raise InvalidArgument("MISSING_FIELD", "base_model is empty; name a registered one", field="header.base_model")
+    adapter = parse_name(header.adapter, tenant=caller().home, field="header.adapter")
+    check_own(adapter, field="header.adapter")
     return UploadHeader(
-        adapter=parse_name(header.adapter, field="header.adapter"),
+        adapter=adapter,
         base_model=header.base_model,
         overrides=Overrides(header.force_base, header.allow_zero, header.allow_changed_base),
         promote=header.promote,

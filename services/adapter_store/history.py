@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from services.adapter_store import refusals
 from services.adapter_store.catalog import check_token, page_limit
 from services.adapter_store.index.interface import Index
 from services.adapter_store.log.entry import Entry, decode
 from services.adapter_store.log.interface import AdapterLog
 from services.adapter_store.streams import adapter_stream
+from services.common.auth.callers import adapter_not_found
 from services.common.errors import DataLoss
 from services.common.references import AdapterName
 
@@ -20,7 +20,7 @@ def history(
     stream = adapter_stream(adapter)
     stored = index.get(stream)
     if stored is None:
-        raise refusals.adapter_not_found(adapter)
+        raise adapter_not_found(adapter)
     newest = stored.seq if before is None else min(before - 1, stored.seq)
     oldest = max(newest - page_limit(page_size), 0)
     page = [(seq, _entry(entries, stream, seq)) for seq in range(newest, oldest, -1)]

@@ -8,12 +8,6 @@ from services.common.errors import AlreadyExists, FailedPrecondition, NotFound
 from services.common.references import STABLE, AdapterName
 
 
-def adapter_not_found(adapter: AdapterName) -> NotFound:
-    return NotFound(
-        "ADAPTER_NOT_FOUND", f"there is no adapter {adapter}; register it, or check the name", adapter=adapter
-    )
-
-
 def version_not_found(adapter: AdapterName, number: int, latest: int) -> NotFound:
     hint = f"its newest is {latest}" if latest else "all of its versions are deleted"
     return NotFound("VERSION_NOT_FOUND", f"{adapter} has no version {number}; {hint}", adapter=adapter, version=number)

@@ -16,6 +16,7 @@ from services.adapter_store.collection import BLOB_GRACE_SECONDS
 from services.adapter_store.journal import Folded, Journal
 from services.adapter_store.log.entry import AliasSet, Body, VersionAdded
 from services.adapter_store.log.fold import AdapterState
+from services.adapter_store.quota import Quota
 from services.adapter_store.records import BoundModule, Overrides, Registered, UploadHeader, Validated, VersionContent
 from services.adapter_store.steps import commit_step
 from services.adapter_store.streams import adapter_stream
@@ -42,17 +43,22 @@ class Registration:
         self._max_upload_bytes = max_upload_bytes
         self._uri_roots = uri_roots
 
-    def begin_upload(self, header: UploadHeader) -> Upload:
-        """A place for the files to come. Raises NotFound and AlreadyExists before any of them has."""
+    def begin_upload(self, header: UploadHeader, quota: Quota | None = None) -> Upload:
+        """A place for the files to come. Raises NotFound, AlreadyExists and, with a quota that is used up,
+        ResourceExhausted before any of them has."""
         self._catalog.profile(header.base_model)
         self._check_name(header)
+        if quota is not None:
+            quota.check(self._catalog.usage(quota.tenant), new_adapter=False, more_bytes=1)
         return Upload(self._blobs, self._max_upload_bytes)
 
-    def register(self, header: UploadHeader, upload: Upload, *, actor: str = "") -> Registered:
+    def register(
+        self, header: UploadHeader, upload: Upload, *, actor: str = "", quota: Quota | None = None
+    ) -> Registered:
         """Check, pack and keep an upload; it is discarded on every way out.
 
         Identical content of this adapter is answered with the version that exists, unless that was deleted.
-        Raises InvalidArgument and FailedPrecondition that carry every finding.
+        Raises InvalidArgument and FailedPrecondition that carry every finding, ResourceExhausted beyond the quota.
         """
         with upload, contextlib.ExitStack() as staged:
             upload.check_complete()
@@ -73,6 +79,9 @@ class Registration:
                 if folded.seq == 0:
                     self._check_name(header)
                 if content is None:
+                    if quota is not None:
+                        used, more = self._catalog.usage(quota.tenant), upload.weights.size
+                        quota.check(used, new_adapter=folded.seq == 0, more_bytes=more)
                     began = self._journal.clock()
                     packed = staged.enter_context(self._blobs.create())
                     content = self._commit(header, profile, upload, packed, digest)

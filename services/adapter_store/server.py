@@ -1,7 +1,8 @@
-"""The store's two services on one port: what `multilora-adapter-store` and the tests run."""
+"""The store's two services, on a port each or on one: what `multilora-adapter-store` and the tests run."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,8 @@ from services.adapter_store.admin_servicer import AdapterAdminServicer
 from services.adapter_store.feed import HEARTBEAT_SECONDS, Feed
 from services.adapter_store.servicer import SERVICE, AdapterStoreServicer
 from services.adapter_store.store import AdapterStore
+from services.common.auth.guard import Guard
+from services.common.auth.tls import Tls
 from services.common.rpc import GrpcServer
 from services.common.wire import ADMIN_SERVICE
 
@@ -17,24 +20,39 @@ from services.common.wire import ADMIN_SERVICE
 WORKER_THREADS = 2
 
 
-def make_server() -> GrpcServer:
-    """A server to bind; nothing is served before `serving`."""
-    return GrpcServer([SERVICE, ADMIN_SERVICE])
+def make_server(guard: Guard | None = None, tls: Tls | None = None) -> GrpcServer:
+    """A server of both, to bind; nothing is served before `serving`."""
+    return GrpcServer([SERVICE, ADMIN_SERVICE], guard=guard, tls=tls)
+
+
+def make_servers(guard: Guard | None = None, tls: Tls | None = None) -> tuple[GrpcServer, GrpcServer]:
+    """What replicas call, and what operators and pipelines do, each to bind to a port of its own."""
+    return GrpcServer([SERVICE], guard=guard, tls=tls), GrpcServer([ADMIN_SERVICE], guard=guard, tls=tls)
 
 
 @contextlib.asynccontextmanager
 async def serving(
-    server: GrpcServer, store: AdapterStore, *, stop_grace: float, heartbeat: float = HEARTBEAT_SECONDS
+    server: GrpcServer,
+    store: AdapterStore,
+    *,
+    admin: GrpcServer | None = None,
+    stop_grace: float,
+    heartbeat: float = HEARTBEAT_SECONDS,
 ) -> AsyncIterator[None]:
-    """Serve within the context. Leaving it ends watches at once, and gives other calls `stop_grace` seconds."""
+    """Serve within the context. Leaving it ends watches at once, and gives other calls `stop_grace` seconds.
+
+    admin: None serves administration on the same port
+    """
+    servers = [server] if admin is None else [server, admin]
     with ThreadPoolExecutor(WORKER_THREADS, "worker") as workers, ThreadPoolExecutor(1, "upkeep") as upkeep:
         async with Feed(store.journal, store.journal.index, heartbeat=heartbeat) as feed:
             AdapterStoreServicer(store, feed).add_to(server.server)
-            AdapterAdminServicer(store, workers, upkeep).add_to(server.server)
-            await server.start()
-            await server.set_serving(True)
+            AdapterAdminServicer(store, workers, upkeep).add_to(servers[-1].server)
+            for each in servers:
+                await each.start()
+                await each.set_serving(True)
             try:
                 yield
             finally:
                 feed.close()
-                await server.stop(stop_grace)
+                await asyncio.gather(*(each.stop(stop_grace) for each in servers))

@@ -15,8 +15,8 @@ from services.adapter_store import convert
 from services.adapter_store.blobs.interface import BlobReader
 from services.adapter_store.feed import Feed
 from services.adapter_store.store import AdapterStore
+from services.common.auth.callers import referenced
 from services.common.errors import DataLoss
-from services.common.references import parse_reference
 from services.common.wire import MAX_HEAD_BYTES, pull_head
 
 # A read and a message each. With 64 pulls at once, messages of 1 MiB took three times the memory; what has to be waited
@@ -52,7 +52,7 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
     async def ResolveAdapter(
         self, request: store_pb2.ResolveAdapterRequest, context: Context
     ) -> store_pb2.ResolveAdapterResponse:
-        reference = parse_reference(request.reference, field="reference")
+        reference = referenced(request.reference, field="reference")
         versions = await asyncio.to_thread(self._store.catalog.resolve, reference, base_model=request.base_model)
         return convert.resolved_message(str(reference), versions, request.routing_key)
 

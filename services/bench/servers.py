@@ -52,11 +52,12 @@ class Service:
 
 @dataclass(frozen=True)
 class Replica:
-    """A running inference service; http is a base URL."""
+    """A running inference service; http is a base URL. admin: `grpc`, unless it has a port of its own"""
 
     grpc: str
     http: str
     pid: int
+    admin: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class S3Server:
 def store(data_dir: Path, *flags: str, environment: Mapping[str, str] | None = None) -> Iterator[Service]:
     """An adapter store of a process of its own, healed and serving."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    command = ["-m", "services.adapter_store", "--port", "0", "--data-dir", str(data_dir), *flags]
+    command = ["-m", "services.adapter_store", "--port", "0", "--admin-port", "-1"]
+    command += ["--data-dir", str(data_dir), *flags]
     with program(command, log=data_dir / "store.log", environment=environment) as service:
         yield service
 
@@ -103,10 +105,11 @@ def inference(data_dir: Path, model: Path, *flags: str) -> Iterator[Replica]:
     """An inference service of a process of its own, on free ports, serving."""
     data_dir.mkdir(parents=True, exist_ok=True)
     command = ["-m", "services.inference", "--model", str(model), "--data-dir", str(data_dir)]
-    command += ["--port", "0", "--http-port", "0", *flags]
+    command += ["--port", "0", "--http-port", "0", "--admin-port", "-1", *flags]
     with program(command, log=data_dir / "inference.log") as service:
         addresses = dict(part.split("=", 1) for part in service.address.split())
-        yield Replica(addresses["grpc"], f"http://{addresses['http']}", service.pid)
+        grpc = addresses["grpc"]
+        yield Replica(grpc, f"http://{addresses['http']}", service.pid, addresses.get("admin", grpc))
 
 
 def embedded_model() -> Path:

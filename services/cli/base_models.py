@@ -76,7 +76,7 @@ def _config_json(where: Targets, config: Path | None, model: Path | None) -> str
     from services.cli.clients import inference
 
     with inference(where) as client:
-        return client.generation.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=where.timeout).config_json
+        return client.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=where.timeout).config_json
 
 
 def _config_of(model: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -12,43 +11,47 @@ import grpc
 from multilora.inference.v1.control_pb2_grpc import AdapterControlServiceStub
 from multilora.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from services.cli.targets import Targets
+from services.common.auth.credentials import Credentials, Metadata
+from services.common.auth.settings import admin_address
 from services.common.errors import DeadlineExceeded, MultiloraError, Unavailable
 from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
 from services.common.wire import AdminStub
 
-Metadata = tuple[tuple[str, str | bytes], ...]
 
-
-@dataclass(frozen=True, slots=True)
-class InferenceClient:
-    generation: InferenceServiceStub
-    control: AdapterControlServiceStub
+@contextlib.contextmanager
+def inference(targets: Targets) -> Iterator[InferenceServiceStub]:
+    """The inference service. Leaving the context, by an interrupt too, cancels what is in flight."""
+    with _channel(targets, targets.server, "inference service", "--server") as channel:
+        yield InferenceServiceStub(channel)
 
 
 @contextlib.contextmanager
-def inference(targets: Targets) -> Iterator[InferenceClient]:
-    """The inference service. Leaving the context, by an interrupt too, cancels what is in flight."""
-    with _channel(targets.server, "inference service", "--server", targets.timeout) as channel:
-        yield InferenceClient(InferenceServiceStub(channel), AdapterControlServiceStub(channel))
+def control(targets: Targets) -> Iterator[AdapterControlServiceStub]:
+    """The inference service's administration."""
+    address = targets.server_admin or admin_address(targets.server)
+    with _channel(targets, address, "administration of the inference service", "--server-admin") as channel:
+        yield AdapterControlServiceStub(channel)
 
 
 @contextlib.contextmanager
 def store_admin(targets: Targets) -> Iterator[AdminStub]:
     """The adapter store's administration."""
-    with _channel(targets.store, "adapter store", "--store", targets.timeout) as channel:
-        yield AdminStub(grpc.intercept_channel(channel, _Actor(targets.actor)))
+    address = targets.store_admin or admin_address(targets.store)
+    with _channel(targets, address, "administration of the adapter store", "--store-admin") as channel:
+        yield AdminStub(channel)
 
 
-class _Actor(
+class _Caller(
     grpc.UnaryUnaryClientInterceptor,
     grpc.UnaryStreamClientInterceptor,
     grpc.StreamUnaryClientInterceptor,
 ):
-    """Names who asks in the metadata of every call."""
+    """Shows the token, and names who asks, in the metadata of every call."""
 
-    def __init__(self, actor: str) -> None:
+    def __init__(self, actor: str, credentials: Credentials) -> None:
         sendable = bool(actor) and actor.isascii() and actor.isprintable()
         self._metadata: Metadata = (("x-multilora-actor", actor),) if sendable else ()
+        self._metadata += credentials.metadata()
 
     def _call(self, continuation: Callable[..., Any], details: grpc.ClientCallDetails, request: Any) -> Any:
         return continuation(_Details(details, (*(details.metadata or ()), *self._metadata)), request)
@@ -68,14 +71,18 @@ class _Details(grpc.ClientCallDetails):
 
 
 @contextlib.contextmanager
-def _channel(address: str, what: str, option: str, timeout: float) -> Iterator[grpc.Channel]:
+def _channel(targets: Targets, address: str, what: str, option: str) -> Iterator[grpc.Channel]:
     options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-    with grpc.insecure_channel(address, options) as channel:
+    credentials = Credentials(
+        ca=targets.ca, cert=targets.cert, key=targets.key, token=targets.token, token_file=targets.token_file
+    )
+    caller = _Caller(targets.actor, credentials)
+    with credentials.channel(address, options) as channel:
         try:
-            yield channel
+            yield grpc.intercept_channel(channel, caller)
         except grpc.RpcError as rpc_error:
             error = from_rpc_error(rpc_error)
-            raise (_of_channel(error, address, what, option, timeout) or error) from rpc_error
+            raise (_of_channel(error, address, what, option, targets.timeout) or error) from rpc_error
 
 
 def _of_channel(error: MultiloraError, address: str, what: str, option: str, timeout: float) -> MultiloraError | None:

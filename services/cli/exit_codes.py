@@ -16,6 +16,8 @@ EXIT_CODES = {
     "DEADLINE_EXCEEDED": 5,
     "CANCELLED": 5,
     "RESOURCE_EXHAUSTED": 6,
+    "UNAUTHENTICATED": 7,
+    "PERMISSION_DENIED": 7,
 }
 
 EXIT_CODES_HELP = """\
@@ -28,6 +30,7 @@ Exit codes:
   4  invalid, or does not fit what is there
   5  the service is away, or the time was up
   6  full; try again later
+  7  not allowed, or not known who asks
   130  interrupted
 """
 

@@ -136,7 +136,7 @@ def _stream(where: Targets, request: inference_pb2.GenerateRequest, write: Calla
     from services.cli.clients import inference
 
     with inference(where) as client:
-        for event in client.generation.Generate(request, timeout=where.timeout):
+        for event in client.Generate(request, timeout=where.timeout):
             write(event.chunk.text)
             if event.finished.reason == inference_pb2.FINISH_REASON_CANCELLED:
                 raise Unavailable("CANCELLED", "the server cancelled the answer before it was complete; ask again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from services.cli import (
     residency,
     status,
     store,
+    tokens,
 )
 from services.cli.exit_codes import EXIT_CODES_HELP, exit_code, one_line
 from services.cli.output import App
@@ -49,6 +51,7 @@ adapters.app.command("import")(adapter_files.import_)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(store.app, name="store")
 app.add_typer(base_models.app, name="base-models")
+app.add_typer(tokens.app, name="tokens")
 app.add_typer(bench.app, name="bench")
 app.command()(generation.generate)
 app.command()(generation.chat)
@@ -67,11 +70,39 @@ def _options(
     actor: Annotated[
         str, typer.Option(envvar="MULTILORA_ACTOR", help="Who asks, for the history of adapters. Default: your login.")
     ] = "",
+    server_admin: Annotated[
+        str,
+        typer.Option(envvar="MULTILORA_SERVER_ADMIN", help="Where it is administered. Default: port + 10."),
+    ] = "",
+    store_admin: Annotated[
+        str, typer.Option(envvar="MULTILORA_STORE_ADMIN", help="Where the store is administered. Default: port + 10.")
+    ] = "",
+    token_file: Annotated[
+        Path | None, typer.Option(envvar="MULTILORA_TOKEN_FILE", help="File of the token; or $MULTILORA_TOKEN itself.")
+    ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(envvar="MULTILORA_CA", help="CA of the services, PEM. Default: plain text."),
+    ] = None,
+    cert: Annotated[Path | None, typer.Option(envvar="MULTILORA_CERT", help="Certificate to show, PEM.")] = None,
+    key: Annotated[Path | None, typer.Option(envvar="MULTILORA_KEY", help="Its private key, PEM.")] = None,
     timeout: Annotated[
         float, typer.Option(envvar="MULTILORA_TIMEOUT", min=0.001, help="Seconds a call may take.")
     ] = DEFAULT_TIMEOUT,
 ) -> None:
-    context.obj = Targets(server, address, timeout, actor or os.environ.get("USER", ""))
+    context.obj = Targets(
+        server,
+        address,
+        timeout,
+        actor or os.environ.get("USER", ""),
+        server_admin,
+        store_admin,
+        "" if token_file else os.environ.get("MULTILORA_TOKEN", ""),
+        token_file,
+        ca,
+        cert,
+        key,
+    )
 
 
 def run() -> None:

@@ -25,12 +25,12 @@ def load(
     """Bring an adapter to a replica before anyone asks for it."""
     from multilora.common.v1 import common_pb2
     from multilora.inference.v1 import control_pb2
-    from services.cli.clients import inference
+    from services.cli.clients import control
 
     where = targets(context)
-    with inference(where) as client:
+    with control(where) as client:
         request = control_pb2.LoadAdapterRequest(adapter=adapter, path=path, promote=promote)
-        answer = client.control.LoadAdapter(request, timeout=where.timeout)
+        answer = client.LoadAdapter(request, timeout=where.timeout)
     tier = common_pb2.Tier.Name(answer.tier).removeprefix("TIER_")
     typer.echo(f"{answer.identity.adapter}@{answer.identity.version} is loaded ({tier})")
 
@@ -44,34 +44,32 @@ def unload(
 ) -> None:
     """Hide an adapter on a replica until it is loaded again, and evict it once its requests have finished."""
     from multilora.inference.v1 import control_pb2
-    from services.cli.clients import inference
+    from services.cli.clients import control
 
     where = targets(context)
-    with inference(where) as client:
+    with control(where) as client:
         request = control_pb2.UnloadAdapterRequest(adapter=adapter, drain_timeout=drain_timeout)
-        cancelled = client.control.UnloadAdapter(request, timeout=where.timeout).cancelled_requests
+        cancelled = client.UnloadAdapter(request, timeout=where.timeout).cancelled_requests
     typer.echo(f"{adapter} is unloaded; {cancelled} requests were cancelled")
 
 
 def pin(context: typer.Context, adapter: Reference) -> None:
     """Load an adapter on a replica, and keep it resident."""
     from multilora.inference.v1 import control_pb2
-    from services.cli.clients import inference
+    from services.cli.clients import control
 
     where = targets(context)
-    with inference(where) as client:
-        identity = client.control.PinAdapter(
-            control_pb2.PinAdapterRequest(adapter=adapter), timeout=where.timeout
-        ).identity
+    with control(where) as client:
+        identity = client.PinAdapter(control_pb2.PinAdapterRequest(adapter=adapter), timeout=where.timeout).identity
     typer.echo(f"{identity.adapter}@{identity.version} is pinned")
 
 
 def unpin(context: typer.Context, adapter: Reference) -> None:
     """Let a pinned adapter be evicted again."""
     from multilora.inference.v1 import control_pb2
-    from services.cli.clients import inference
+    from services.cli.clients import control
 
     where = targets(context)
-    with inference(where) as client:
-        client.control.UnpinAdapter(control_pb2.UnpinAdapterRequest(adapter=adapter), timeout=where.timeout)
+    with control(where) as client:
+        client.UnpinAdapter(control_pb2.UnpinAdapterRequest(adapter=adapter), timeout=where.timeout)
     typer.echo(f"{adapter} is unpinned")

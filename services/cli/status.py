@@ -37,15 +37,15 @@ def status(
 ) -> None:
     """Show the replica's load, and which adapters are resident where. With --watch, JSON is a line a look."""
     from multilora.inference.v1 import control_pb2
-    from services.cli.clients import inference
+    from services.cli.clients import control
 
     where = targets(context)
     before: control_pb2.GetServerInfoResponse | None = None
-    with inference(where) as client:
+    with control(where) as client:
         try:
             while True:
-                info = client.control.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=where.timeout)
-                listed = client.control.ListAdapters(control_pb2.ListAdaptersRequest(), timeout=where.timeout)
+                info = client.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=where.timeout)
+                listed = client.ListAdapters(control_pb2.ListAdaptersRequest(), timeout=where.timeout)
                 _show(info, list(map(_adapter_row, listed.adapters)), before, watch=watch, output=output)
                 if not watch:
                     return

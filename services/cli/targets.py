@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import typer
 
@@ -16,12 +17,23 @@ UINT64_MAX = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """server, store: host:port; timeout: seconds a call may take; actor: who asks"""
+    """server, store: host:port; timeout: seconds a call may take; actor: who asks
+
+    server_admin, store_admin: where they are administered; empty is 10 ports above
+    token, token_file: what the services are shown; ca, cert, key: PEM files; without `ca` calls are in plain text
+    """
 
     server: str = DEFAULT_SERVER
     store: str = DEFAULT_STORE
     timeout: float = DEFAULT_TIMEOUT
     actor: str = ""
+    server_admin: str = ""
+    store_admin: str = ""
+    token: str = field(default="", repr=False)
+    token_file: Path | None = None
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
 
 
 def targets(context: typer.Context) -> Targets:

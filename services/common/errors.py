@@ -5,6 +5,7 @@
     ├── NotFound             nothing by that name                              NOT_FOUND
     ├── AlreadyExists        the name is taken by something else               ALREADY_EXISTS
     ├── FailedPrecondition   right in itself, but does not fit what is here    FAILED_PRECONDITION
+    ├── Unauthenticated      who calls is not known                            UNAUTHENTICATED
     ├── PermissionDenied     not allowed, as a path outside the roots          PERMISSION_DENIED
     ├── ResourceExhausted    full; try later                                   RESOURCE_EXHAUSTED
     ├── Unimplemented        known, but not served yet                         UNIMPLEMENTED
@@ -75,6 +76,10 @@ class AlreadyExists(MultiloraError):
 
 class FailedPrecondition(MultiloraError):
     code = "FAILED_PRECONDITION"
+
+
+class Unauthenticated(MultiloraError):
+    code = "UNAUTHENTICATED"
 
 
 class PermissionDenied(MultiloraError):

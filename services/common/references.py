@@ -46,6 +46,11 @@ class AdapterReference:
         return f"{self.adapter}@{self.version}" if self.version is not None else f"{self.adapter}:{self.alias}"
 
 
+def tenant_of(full_name: str) -> str:
+    """Of `tenant/name`."""
+    return full_name.partition("/")[0]
+
+
 def check_name(text: str, *, field: str, what: str = "name") -> str:
     """Return `text` when it is a valid name of a tenant, adapter, alias or base model, else raise InvalidArgument."""
     if not _NAME.fullmatch(text):

@@ -18,6 +18,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
+from services.common.auth.audit import facts_of
+from services.common.auth.guard import AUTHORIZATION, Guard, host_of
+from services.common.auth.tls import Tls
 from services.common.errors import ERRORS_BY_CODE, Internal, MultiloraError, Unavailable
 
 ERROR_DOMAIN = "multilora"
@@ -94,8 +97,22 @@ def from_rpc_error(error: grpc.RpcError) -> MultiloraError:
     return kind(reason, message, field=field, retry_after=retry_after, **metadata)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what a handler raises into a status: the one table from errors to the wire. Handlers just raise."""
+Door = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], contextlib.AbstractContextManager[None]]
+"""What a call goes through, with its request (None for a stream of them) and context."""
+
+
+def _open_door(_request: Any, _context: grpc.aio.ServicerContext[Any, Any]) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Lets in whom the guard lets in, and turns what is raised into a status: the one table from errors to the wire.
+
+    Handlers just raise.
+    """
+
+    def __init__(self, guard: Guard | None) -> None:
+        self._guard = guard
 
     async def intercept_service(
         self,
@@ -110,26 +127,54 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         make = getattr(grpc, f"{sends}_{gets}_rpc_method_handler")
         method = getattr(handler, f"{sends}_{gets}")
         # not by `gets`: grpcio's own health Watch is no generator, it writes to the context
-        wrap: Callable[[Any], Any] = _streaming if inspect.isasyncgenfunction(method) else _unary
-        return make(wrap(method), handler.request_deserializer, handler.response_serializer)
+        wrap: Callable[[Any, Door], Any] = _streaming if inspect.isasyncgenfunction(method) else _unary
+        door = _open_door if self._guard is None else _door(self._guard, handler_call_details)
+        return make(wrap(method, door), handler.request_deserializer, handler.response_serializer)
 
 
-def _unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _door(guard: Guard, details: grpc.HandlerCallDetails) -> Door:
+    found = next((value for key, value in details.invocation_metadata or () if key == AUTHORIZATION), None)
+    authorization = found.decode(errors="replace") if isinstance(found, bytes) else found
+
+    def door(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> contextlib.AbstractContextManager[None]:
+        return guard.call(
+            details.method,
+            authorization,
+            peer=lambda: host_of(context.peer()),
+            names=lambda: _certificate_names(context),
+            facts=lambda: facts_of(request),
+        )
+
+    return door
+
+
+def _certificate_names(context: grpc.aio.ServicerContext[Any, Any]) -> list[str]:
+    """The names in the client's certificate: its common name first, then its alternative ones."""
+    found = context.auth_context() or {}
+    keys = ("x509_common_name", "x509_subject_alternative_name")
+    return [name.decode(errors="replace") for key in keys for name in found.get(key, ())]
+
+
+def _unary(method: Callable[[Any, Any], Awaitable[Any]], door: Door) -> Callable[[Any, Any], Awaitable[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await method(request, context)
+            with door(request, context):
+                return await method(request, context)
         except Exception as error:
             await _abort(context, error)
 
     return call
 
 
-def _streaming(method: Callable[[Any, Any], AsyncGenerator[Any, None]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+def _streaming(
+    method: Callable[[Any, Any], AsyncGenerator[Any, None]], door: Door
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async with contextlib.aclosing(method(request, context)) as responses:
-                async for response in responses:
-                    yield response
+            with door(request, context):
+                async with contextlib.aclosing(method(request, context)) as responses:
+                    async for response in responses:
+                        yield response
         except Exception as error:
             await _abort(context, error)
 
@@ -146,11 +191,20 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) 
 
 
 class GrpcServer:
-    """A grpc.aio server with health, reflection and the error table; health follows `set_serving`."""
+    """A grpc.aio server with health, reflection, a guard and the error table; health follows `set_serving`."""
 
-    def __init__(self, service_names: Sequence[str], *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        service_names: Sequence[str],
+        *,
+        guard: Guard | None = None,
+        tls: Tls | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        """guard, tls: None lets everybody call, in plain text"""
+        self._tls = tls
         self.server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[CallInterceptor(guard)],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
@@ -166,7 +220,9 @@ class GrpcServer:
     def bind(self, address: str) -> int:
         """Listen on `host:port` (port 0: any free one) and return the port. Raises Unavailable when taken."""
         try:
-            return self.server.add_insecure_port(address)
+            if self._tls is None:
+                return self.server.add_insecure_port(address)
+            return self.server.add_secure_port(address, self._tls.server_credentials())
         except RuntimeError as error:
             raise Unavailable(
                 "ADDRESS_IN_USE", f"cannot listen on {address}; another process may hold the port: {error}"

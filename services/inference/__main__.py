@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from services.common.auth.credentials import Credentials
+from services.common.auth.settings import Security
 from services.common.errors import MultiloraError
 from services.inference.config import LOG_FORMAT, AdapterConfig, ConfigError, ServerConfig
 
@@ -38,7 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", defaults["host"], "address to listen on")
     add("--port", defaults["port"], "gRPC port; 0 takes a free one")
     add("--http-port", defaults["http_port"], "HTTP port; 0 takes a free one, -1 serves no HTTP", int)
+    add("--admin-port", None, "port of AdapterControlService; 0 takes a free one, -1 --port; none: --port + 10", int)
+    Security.add_flags(parser)
     add("--adapter-store", "", "host:port of the adapter store; empty: the base model alone")
+    add("--adapter-store-admin", "", "host:port where it is administered; empty: the port + 10")
+    add("--adapter-store-token-file", None, "file of a replica's token, read at every call", Path)
+    add("--adapter-store-ca", None, "CA of the store's certificate, PEM; none: plain text", Path)
+    add("--adapter-store-cert", None, "certificate that the store is shown, PEM", Path)
+    add("--adapter-store-key", None, "its private key, PEM", Path)
     add("--adapter-root", None, "directory beneath which adapters may be loaded by path; none: refused", Path)
     add("--data-dir", defaults["data_dir"], "where pulled adapters are cached", Path)
     add("--max-loras", room.max_loras, "most adapters resident at once")
@@ -99,6 +108,10 @@ def _config(arguments: argparse.Namespace) -> ServerConfig:
     values["http_port"] = None if values["http_port"] < 0 else values["http_port"]
     values["weights"] = dict(values["weights"])
     values["adapter_store"] = values["adapter_store"] or None
+    values["security"] = Security.of_flags(arguments)
+    values["store_credentials"] = Credentials(
+        **{name: values.pop(f"adapter_store_{name}") for name in ("ca", "cert", "key", "token_file")}
+    )
     return ServerConfig(**values, adapters=AdapterConfig(**adapters))
 
 
@@ -109,8 +122,12 @@ async def _serve(config: ServerConfig) -> None:
 
     async with serve(config) as running:
         settle()
-        http = "" if running.http_port is None else f" http={config.host}:{running.http_port}"
-        print(f"listening on grpc={config.host}:{running.port}{http}", flush=True)
+        where = f"grpc={config.host}:{running.port}"
+        if running.http_port is not None:
+            where += f" http={config.host}:{running.http_port}"
+        if running.admin_port != running.port:
+            where += f" admin={config.host}:{running.admin_port}"
+        print(f"listening on {where}", flush=True)
         await first_of(wait_for_signal(), running.serving.engine.died.wait())
         death = running.serving.engine.death
     if death is not None:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.common.auth.credentials import Credentials
+from services.common.auth.settings import SAME_PORT, Security, admin_port
+
 MAX_LORA_RANK = 512
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -119,7 +122,11 @@ class ServerConfig:
 
     max_model_len: 0 takes the model's own length
     http_port: None serves no HTTP
+    admin_port: of AdapterControlService; None is 10 above the other port, -1 that port itself
+    security: who may call
     adapter_store: host:port of the store; None serves the base model alone
+    adapter_store_admin: where it is administered; empty is 10 ports above
+    store_credentials: what the store is shown
     adapter_root: directory beneath which adapters may be loaded by path; None refuses paths
     threads: 0 takes the cores this process may use
     engine_process: whether the engine runs in a process of its own
@@ -135,8 +142,12 @@ class ServerConfig:
     cpu_backend: str = "auto"
     host: str = "127.0.0.1"
     port: int = 50051
+    admin_port: int | None = None
+    security: Security = field(default_factory=Security)
     http_port: int | None = 8000
     adapter_store: str | None = None
+    adapter_store_admin: str = ""
+    store_credentials: Credentials = field(default_factory=Credentials)
     adapter_root: Path | None = None
     data_dir: Path = Path(".data/inference")
     max_model_len: int = 0
@@ -157,6 +168,9 @@ class ServerConfig:
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
+        self.security.check_host(self.host)
+        if not SAME_PORT <= admin_port(self.admin_port, self.port) <= 65535:
+            raise ConfigError(f"--admin-port is {self.admin_port}; it must be 0 to 65535, or {SAME_PORT}")
         _at_least("--max-unread-tokens", self.max_unread_tokens, 1)
         _at_least("--metrics-top-adapters", self.metrics_top_adapters, 1)
         if self.dtype not in ("auto", "float32", "bfloat16"):

@@ -9,6 +9,8 @@ from typing import Any
 import grpc.aio
 
 from multilora.inference.v1 import control_pb2, control_pb2_grpc
+from services.common.auth.callers import caller
+from services.common.references import tenant_of
 from services.inference.conversion import from_resident, from_tier, from_version
 from services.inference.replica_control import ReplicaControl
 from services.inference.serving import Serving
@@ -57,7 +59,8 @@ class AdapterControlServicer(control_pb2_grpc.AdapterControlServiceServicer):
         self, _request: control_pb2.ListAdaptersRequest, _context: Context
     ) -> control_pb2.ListAdaptersResponse:
         stats = await self._serving.engine.stats()
-        adapters = [from_resident(resident, self._serving.model.name) for resident in stats.adapters]
+        seen = [resident for resident in stats.adapters if caller().sees(tenant_of(resident.adapter.name))]
+        adapters = [from_resident(resident, self._serving.model.name) for resident in seen]
         return control_pb2.ListAdaptersResponse(adapters=adapters)
 
     async def GetServerInfo(

@@ -50,7 +50,7 @@ def build_engine(
         group_shapes(model), model.num_layers, room.max_loras, room.max_lora_rank, model.dtype, room.num_slots
     )
     adapters = AdapterManager(
-        PullClient(config.adapter_store) if config.adapter_store else None,
+        PullClient(config.adapter_store, config.store_credentials) if config.adapter_store else None,
         DiskCache(config.data_dir / "adapters", room.max_disk_bytes),
         pool,
         BaseModelShapes(linear_shapes(model.hf_config), room.max_lora_rank, model.dtype),

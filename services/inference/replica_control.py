@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from services.common.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound
+from services.common.auth.callers import caller, check_own, referenced
+from services.common.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from services.common.references import parse_name
 from services.inference.adapter_paths import AdapterFiles, open_adapter
 from services.inference.async_engine import AsyncEngine
@@ -51,8 +52,15 @@ class ReplicaControl:
     async def load(self, reference: str, path: str = "", *, promote: bool = False) -> list[Loaded]:
         """Bring here what a reference means, and show it again. With `path`, first register what lies there.
 
-        Raises what `Resolver.resolve` raises, what the store refuses, PermissionDenied for a path outside the root.
+        Raises what `Resolver.resolve` raises, what the store refuses, PermissionDenied for a path outside the root, for
+        any path of a tenant's caller (whoever stages files there stages them for all), and for others' adapters.
         """
+        if path and not caller().every_tenant:
+            raise PermissionDenied(
+                "EVERY_TENANT_ONLY",
+                "path: --adapter-root is every tenant's, so it takes a token of tenant `*`; upload to the store",
+                field="path",
+            )
         if path:
             with open_adapter(self._root, path) as files:
                 reference = await self._register(reference, files, promote=promote)
@@ -92,6 +100,8 @@ class ReplicaControl:
                 await self._engine.unpin(version)
 
     async def _versions(self, reference: str) -> list[AdapterVersion]:
+        adapter = referenced(reference).adapter
+        check_own(adapter)
         return list((await self._resolver.meaning(reference)).versions.values())
 
     async def _load(self, version: AdapterVersion, *, pin: bool = False) -> Loaded:
@@ -110,7 +120,7 @@ class ReplicaControl:
                 "this replica has no adapter store to register adapters in; start it with --adapter-store",
                 field="path",
             )
-        full = str(parse_name(name))
+        full = str(parse_name(name, tenant=caller().home))
         number = await self._registrar.register(full, files, promote=promote)
         self._resolver.changed(full)
         return f"{full}@{number}"

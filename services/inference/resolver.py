@@ -13,8 +13,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from services.common.auth.callers import referenced
 from services.common.errors import NotFound, Unavailable
-from services.common.references import parse_reference
 from services.common.split import Target, pick
 from services.inference.engine.request import AdapterVersion
 
@@ -92,8 +92,8 @@ class Resolver:
         return version
 
     async def meaning(self, reference: str) -> Meaning:
-        """What an adapter reference means right now, hidden here or not. Raises as `resolve`."""
-        full = str(parse_reference(reference))
+        """What an adapter reference means right now to the caller, hidden here or not. Raises as `resolve`."""
+        full = str(referenced(reference))
         if self._lookup is None:
             raise NotFound(
                 "ADAPTER_NOT_FOUND",

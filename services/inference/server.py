@@ -9,12 +9,16 @@ import logging
 import queue
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from multilora.inference.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from services.common.auth.guard import Guard
+from services.common.auth.settings import SAME_PORT, admin_address, admin_port
+from services.common.auth.tls import Tls
 from services.common.errors import FailedPrecondition, NotFound, Unavailable
 from services.common.gguf_config import open_gguf
 from services.common.profile import check_profile, linear_shapes
@@ -41,11 +45,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A service that answers: what it serves, and where. http_port: None when no HTTP is served."""
+    """A service that answers: what it serves, and where.
+
+    http_port: None when no HTTP is served; admin_port: `port` when it is administered there
+    """
 
     serving: Serving
     port: int
     http_port: int | None
+    admin_port: int
 
 
 @contextlib.asynccontextmanager
@@ -63,17 +71,14 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
         tokenizer = Tokenizer.load(config.model, model.eos_token_ids)
         open_gguf.cache_clear()
         await host.ready()
-        grpc_server = GrpcServer(
-            [
-                inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
-                control_pb2.DESCRIPTOR.services_by_name["AdapterControlService"].full_name,
-            ]
-        )
-        port = grpc_server.bind(f"{config.host}:{config.port}")
+        guard, tls = config.security.guard("inference"), config.security.tls()
+        servers = _servers(config, guard, tls)
+        ports = [server.bind(f"{config.host}:{port}") for server, port in servers]
+        grpc_server, admin_server = servers[0][0], servers[-1][0]
         http_socket = None if config.http_port is None else _listen(config.host, config.http_port)
         if http_socket is not None:
             opened.enter_context(http_socket)  # a start that is given up leaves nothing open
-        names = NameClient(config.adapter_store, model.name) if config.adapter_store else None
+        names = _name_client(config, model.name)
         engine = AsyncEngine(host, config.max_unread_tokens)
         resolver = Resolver(model.name, names.resolve if names is not None else None)
         if names is not None:
@@ -82,24 +87,26 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
         control = ReplicaControl(config.adapter_root, resolver, engine, names)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(serving), grpc_server.server)
         control_pb2_grpc.add_AdapterControlServiceServicer_to_server(
-            AdapterControlServicer(serving, control, started), grpc_server.server
+            AdapterControlServicer(serving, control, started), admin_server.server
         )
-        await grpc_server.start()
-        async with _http(http_socket, serving, control):
-            await grpc_server.set_serving(True)
-            tasks = [asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))]
+        for server, _ in servers:
+            await server.start()
+        async with _http(http_socket, create_app(serving, control, guard), tls):
+            await _set_serving(servers, True)
+            tasks = [asyncio.create_task(_unhealthy_when_dead(engine, servers))]
             if names is not None:
                 tasks.append(asyncio.create_task(_watch_names(names, resolver, engine, config, model)))
             log.info("ready after %.1f s", time.monotonic() - started)
             try:
-                yield RunningServer(serving, port, None if http_socket is None else http_socket.getsockname()[1])
+                http_port = None if http_socket is None else http_socket.getsockname()[1]
+                yield RunningServer(serving, ports[0], http_port, ports[-1])
             finally:
                 log.info("shutting down; requests have %.0f s to finish", config.shutdown_grace)
                 for task in tasks:
                     task.cancel()
-                await grpc_server.set_serving(False)
+                await _set_serving(servers, False)
                 await engine.shutdown(drain=True, timeout=config.shutdown_grace)
-                await grpc_server.stop(grace=1.0)
+                await asyncio.gather(*(server.stop(grace=1.0) for server, _ in servers))
                 if names is not None:
                     await names.close()
 
@@ -153,9 +160,34 @@ async def _watch_names(
     await watch.run()
 
 
-async def _unhealthy_when_dead(engine: AsyncEngine, grpc_server: GrpcServer) -> None:
+def _servers(config: ServerConfig, guard: Guard | None, tls: Tls | None) -> list[tuple[GrpcServer, int]]:
+    """What to bind to which port: one server of both services, or one for each, administration last."""
+    generation = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+    administration = control_pb2.DESCRIPTOR.services_by_name["AdapterControlService"].full_name
+    asked = admin_port(config.admin_port, config.port)
+    if asked == SAME_PORT:
+        return [(GrpcServer([generation, administration], guard=guard, tls=tls), config.port)]
+    return [
+        (GrpcServer([generation], guard=guard, tls=tls), config.port),
+        (GrpcServer([administration], guard=guard, tls=tls), asked),
+    ]
+
+
+def _name_client(config: ServerConfig, base_model: str) -> NameClient | None:
+    if config.adapter_store is None:
+        return None
+    admin = config.adapter_store_admin or admin_address(config.adapter_store)
+    return NameClient(config.adapter_store, admin, base_model, config.store_credentials)
+
+
+async def _set_serving(servers: Sequence[tuple[GrpcServer, int]], serving: bool) -> None:
+    for server, _ in servers:
+        await server.set_serving(serving)
+
+
+async def _unhealthy_when_dead(engine: AsyncEngine, servers: Sequence[tuple[GrpcServer, int]]) -> None:
     await engine.died.wait()
-    await grpc_server.set_serving(False)
+    await _set_serving(servers, False)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -177,17 +209,18 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _http(listening: socket.socket | None, serving: Serving, control: ReplicaControl) -> AsyncIterator[None]:
+async def _http(listening: socket.socket | None, app: ASGIApp, tls: Tls | None) -> AsyncIterator[None]:
     if listening is None:
         yield
         return
     server = _Uvicorn(
         uvicorn.Config(
-            create_app(serving, control),
+            app,
             log_level="warning",
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=2,
+            ssl_context_factory=None if tls is None else lambda _config, _default: tls.http_context(),
         )
     )
     task = asyncio.create_task(server.serve(sockets=[listening]))

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from services.common.auth.callers import caller
 from services.common.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -175,12 +176,14 @@ class Serving:
 
     @contextlib.contextmanager
     def _metered(self, adapter: AdapterVersion | None) -> Iterator[Meter]:
-        """What the request brings counts, however it ends."""
-        meter = Meter()
+        """What the request brings counts, however it ends: in the metrics, and against its tenant's limit."""
+        meter, budget = Meter(), caller().budget
         try:
             yield meter
         finally:
             self.traffic.add(adapter.name if adapter is not None else self.model.name, meter.record)
+            if budget is not None:
+                budget.spend(meter.record.prompt_tokens + meter.record.generation_tokens)
 
     def prompt_ids(self, prompt: str | Sequence[int] | Sequence[ChatTurn], *, field: str = "prompt") -> list[int]:
         """The token ids of a prompt. Raises InvalidArgument when it is empty or out of the vocabulary."""
@@ -238,7 +241,7 @@ class Serving:
             adapter,
             request.timeout,
             check_priority(request.priority),
-            request.cache_salt,
+            caller().salted(request.cache_salt),
         )
 
     def _finished(

@@ -27,7 +27,17 @@ ROOT = Path(__file__).parents[2]
 class StoreProcess:
     def __init__(self, data_dir: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "services.adapter_store", "--port", "0", "--data-dir", str(data_dir)],
+            [
+                sys.executable,
+                "-m",
+                "services.adapter_store",
+                "--port",
+                "0",
+                "--admin-port",
+                "-1",
+                "--data-dir",
+                str(data_dir),
+            ],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -125,7 +125,7 @@ def test_the_command_registers_runs_sweeps_and_plots(pair: Pair, tmp_path: Path)
             "--random-input-len",
             "4",
         )
-        command = ("--server", pair.server.address, "--store", pair.store.address, "bench")
+        command = ("--server", pair.server.address, "--store-admin", pair.store.address, "bench")
         ended = run_cli(*command, *arguments, *(() if arguments[0] == "plot" else sizes))
         assert ended.returncode == 0, ended.stderr
         return ended.stdout

@@ -30,6 +30,8 @@ def cli(pair: Pair) -> Cli:
     """The command, told where the two services are."""
 
     def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return run_cli("--server", pair.server.address, "--store", pair.store.address, *arguments, stdin=stdin)
+        where = ("--server", pair.server.address, "--server-admin", pair.server.address)
+        where += ("--store", pair.store.address, "--store-admin", pair.store.address)
+        return run_cli(*where, *arguments, stdin=stdin)
 
     return run

@@ -75,7 +75,7 @@ def test_status_shows_what_is_resident(cli: Cli, pair: Pair) -> None:
 
 
 def test_a_watched_status_is_a_line_a_look_until_interrupted(pair: Pair) -> None:
-    command = [sys.executable, "-m", "services.cli.main", "--server", pair.server.address]
+    command = [sys.executable, "-m", "services.cli.main", "--server-admin", pair.server.address]
     command += ["status", "--watch", "--interval", "0.1", "--json"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -49,9 +49,9 @@ def test_every_error_has_a_code_that_help_tells() -> None:
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (("--server", NOBODY, "status"), "inference service"),
+        (("--server-admin", NOBODY, "status"), "administration of the inference service"),
         (("--server", NOBODY, "generate", "x"), "inference service"),
-        (("--store", NOBODY, "adapters", "list"), "adapter store"),
+        (("--store-admin", NOBODY, "adapters", "list"), "administration of the adapter store"),
     ],
 )
 def test_nobody_answers(arguments: tuple[str, ...], what: str) -> None:

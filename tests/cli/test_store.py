@@ -22,12 +22,12 @@ class Command:
         self.store = store
 
     def __call__(self, *arguments: str, code: int = 0, actor: str = "tester") -> str:
-        done = run_cli("--store", self.store.address, "--actor", actor, *arguments)
+        done = run_cli("--store-admin", self.store.address, "--actor", actor, *arguments)
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stdout + done.stderr
 
     def json(self, *arguments: str, code: int = 0) -> Any:
-        done = run_cli("--store", self.store.address, *arguments, "--json")
+        done = run_cli("--store-admin", self.store.address, *arguments, "--json")
         assert done.returncode == code, done.stderr
         return json.loads(done.stdout)
 

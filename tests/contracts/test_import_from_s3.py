@@ -111,7 +111,16 @@ def test_through_the_process(source: Source, tmp_path: Path) -> None:
         for file, data in adapter.files().items():
             parts = client("DownloadVersion", adapter="x", version=1, file=file)
             assert b"".join(part.data for part in parts) == data
-        command = [sys.executable, "-m", "services.cli.main", "--store", store.address, "adapters", "register-uri", "y"]
+        command = [
+            sys.executable,
+            "-m",
+            "services.cli.main",
+            "--store-admin",
+            store.address,
+            "adapters",
+            "register-uri",
+            "y",
+        ]
         command += [f"{source.uri}/some%20dir/%C3%A4+1", "--base-model", BASE_MODEL]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
         assert done.stdout.startswith("default/y@1 is registered"), done.stderr

@@ -240,7 +240,7 @@ def test_the_least_rights_are_enough(restricted: RedisServer, tmp_path: Path) ->
     index.renew(index.position().epoch)
     assert index.changes(4, 1) == []
     assert resolved(store) == [1]
-    assert store.catalog.adapters("", 10, "")[0]
+    assert store.catalog.adapters(None, 10, "")[0]
     assert store.catalog.has_pack(store.catalog.version(NAME, 1).content.pack_digest)
     assert not [problem for problem in store.verify().problems if "not there" not in problem]
     assert index.named(NAME.name) == STREAM

@@ -195,7 +195,7 @@ class StoreMachine(RuleBasedStateMachine):
         for store in self.world.stores:
             for _ in range(2):
                 with pytest.raises(Unavailable) as caught:
-                    store.catalog.adapters("", 0, "")
+                    store.catalog.adapters(None, 0, "")
                 assert caught.value.reason == "INDEX_HEALING"
         for store in self.world.stores:
             store.heal()
@@ -368,7 +368,10 @@ class StoreMachine(RuleBasedStateMachine):
         return found.number, key, found.created_ns, found.deleted, tuple(found.aliases), found.collected
 
     def all_adapters(self, store: AdapterStore, tenant: str, page_size: int) -> list[Any]:
-        return [self.adapter(one) for one in pages(lambda token: store.catalog.adapters(tenant, page_size, token))]
+        return [
+            self.adapter(one)
+            for one in pages(lambda token: store.catalog.adapters([tenant] if tenant else None, page_size, token))
+        ]
 
     def all_versions(self, store: AdapterStore, adapter: AdapterName, include_deleted: bool) -> list[Any]:
         def page(token: str) -> tuple[list[records.Version], str]:

@@ -40,7 +40,7 @@ STUB = functools.partial(stub_engine, [5, 6, 7, 8], 0.0)
 @contextmanager
 def service(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
     """`multilora-inference` with these flags: its process, its gRPC address and the pid of its engine."""
-    flags = ("--port", "0", "--http-port", "-1", "--threads", "1", "--engine-process", *arguments)
+    flags = ("--port", "0", "--http-port", "-1", "--admin-port", "-1", "--threads", "1", "--engine-process", *arguments)
     command = [sys.executable, "-m", "services.inference", *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         try:

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.slow
 @contextmanager
 def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`multilora-inference` with these flags: the process, and its gRPC address once it answers."""
-    command = [sys.executable, "-m", "services.inference", "--port", "0", "--http-port", "-1", *arguments]
+    command = [sys.executable, "-m", "services.inference", "--port", "0", "--http-port", "-1", "--admin-port", "-1"]
+    command += arguments
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
         try:
             assert running.stdout is not None
@@ -39,7 +40,8 @@ def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def fails(*arguments: str) -> str:
     """What `multilora-inference` says when it refuses to start; it must be one line, and exit code 2."""
-    command = [sys.executable, "-m", "services.inference", "--port", "0", "--http-port", "-1", *arguments]
+    command = [sys.executable, "-m", "services.inference", "--port", "0", "--http-port", "-1", "--admin-port", "-1"]
+    command += arguments
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2, ended.stderr
     assert ended.stdout == ""

@@ -10,6 +10,7 @@ import grpc.aio
 
 from multilora.adapter_store.v1 import admin_pb2, store_pb2, store_pb2_grpc
 from multilora.common.v1 import common_pb2
+from services.common.auth.credentials import Credentials, callers_metadata
 from services.common.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -37,17 +38,23 @@ SLOWEST_PULL = 1e6
 class NameClient:
     """Resolves names and watches them, on the serving face's event loop."""
 
-    def __init__(self, address: str, base_model: str) -> None:
+    def __init__(self, address: str, admin_address: str, base_model: str, credentials: Credentials) -> None:
+        """admin_address: where the store is administered, which registering is part of"""
         self._address = address
+        self._admin_address = admin_address
         self._base_model = base_model
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._credentials = credentials
+        self._channel = credentials.aio_channel(address, _OPTIONS)
+        self._admin_channel = credentials.aio_channel(admin_address, _OPTIONS)
         self._stub = store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
     async def resolve(self, reference: str) -> Meaning:
         """What a reference means. Raises what the store raised, or Unavailable."""
         request = store_pb2.ResolveAdapterRequest(reference=reference, base_model=self._base_model)
         try:
-            response = await self._stub.ResolveAdapter(request, timeout=RESOLVE_TIMEOUT)
+            response = await self._stub.ResolveAdapter(
+                request, timeout=RESOLVE_TIMEOUT, metadata=self._credentials.metadata()
+            )
         except grpc.aio.AioRpcError as error:
             raise _of_reference(_store_error(error, self._address)) from None
         versions = {
@@ -60,7 +67,8 @@ class NameClient:
         """The served base model's profile. Raises NotFound when it is not registered, or Unavailable."""
         try:
             request = store_pb2.GetBaseModelRequest(name=self._base_model)
-            profile = (await self._stub.GetBaseModel(request, timeout=RESOLVE_TIMEOUT)).profile
+            metadata = self._credentials.metadata()
+            profile = (await self._stub.GetBaseModel(request, timeout=RESOLVE_TIMEOUT, metadata=metadata)).profile
         except grpc.aio.AioRpcError as error:
             raise _store_error(error, self._address) from None
         return BaseModelProfile(
@@ -76,41 +84,47 @@ class NameClient:
         )
 
     async def register(self, name: str, files: AdapterFiles, *, promote: bool) -> int:
-        """Register the files as the adapter's next version; its number. Raises what the store raised."""
+        """Register the files as the adapter's next version, as the caller of this replica; its number.
+
+        Raises what the store raised.
+        """
         header = admin_pb2.RegisterVersionHeader(adapter=name, base_model=self._base_model, promote=promote)
-        stub = AdminStub(self._channel)
+        stub, metadata = AdminStub(self._admin_channel), callers_metadata() or self._credentials.metadata()
         try:
-            answer = await stub.RegisterVersion(_upload(header, files))
+            answer = await stub.RegisterVersion(_upload(header, files), metadata=metadata)
         except grpc.aio.AioRpcError as error:
-            raise _store_error(error, self._address) from None
+            raise _store_error(error, self._admin_address) from None
         return int(answer.version.identity.version)
 
     async def watch(self, after_revision: int, epoch: str) -> AsyncGenerator[Message, None]:
         """Messages of the store's watch until it breaks. Raises what the store raised, or Unavailable."""
         request = store_pb2.WatchAdaptersRequest(after_revision=after_revision, epoch=epoch)
         try:
-            async for response in self._stub.WatchAdapters(request):
+            async for response in self._stub.WatchAdapters(request, metadata=self._credentials.metadata()):
                 yield _message(response)
         except grpc.aio.AioRpcError as error:
             raise _store_error(error, self._address) from None
 
     async def close(self) -> None:
         await self._channel.close()
+        await self._admin_channel.close()
 
 
 class PullClient:
     """Pulls packed adapters, from the fetch workers' threads."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials) -> None:
         self._address = address
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._credentials = credentials
+        self._channel = credentials.channel(address, _OPTIONS)
         self._stub = store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
     def pull(self, adapter: AdapterVersion, offset: int = 0) -> Iterator[bytes]:
         """The packed bytes from `offset` on. Raises what the store raised, or Unavailable."""
         request = store_pb2.PullAdapterRequest(digest=adapter.pack_digest, offset=offset)
         try:
-            for response in self._stub.PullAdapter(request, timeout=60 + adapter.pack_size / SLOWEST_PULL):
+            timeout, metadata = 60 + adapter.pack_size / SLOWEST_PULL, self._credentials.metadata()
+            for response in self._stub.PullAdapter(request, timeout=timeout, metadata=metadata):
                 yield response.data
         except grpc.RpcError as error:
             raise _store_error(error, self._address) from None

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from services.common.auth.callers import note
 from services.common.errors import InvalidArgument
 from services.inference.http.body import read_object
 from services.inference.replica_control import ReplicaControl
@@ -55,6 +56,7 @@ class AdapterEndpoints:
 
     async def load(self, request: Request) -> Response:
         body = LoadBody.parse(await read_object(request))
+        note(path=body.lora_path or "", promote=body.load_inplace)
         loaded = await self._control.load(body.lora_name, body.lora_path or "", promote=body.load_inplace)
         versions = ", ".join(f"version {each.adapter.version} ({each.tier})" for each in loaded)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully: {versions}.")

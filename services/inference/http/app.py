@@ -8,16 +8,21 @@ from collections.abc import Awaitable, Callable
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from services.common.auth.callers import caller
+from services.common.auth.guard import Guard
 from services.common.errors import MultiloraError
+from services.common.references import tenant_of
 from services.inference.conversion import check_adapter_metadata
 from services.inference.http import metrics
 from services.inference.http.adapter_endpoints import AdapterEndpoints
 from services.inference.http.answering import Answer
 from services.inference.http.body import read_object
+from services.inference.http.door import Door
 from services.inference.http.errors import (
     CHAT_PATH,
     LOAD_PATH,
@@ -34,8 +39,8 @@ from services.inference.serving import Serving
 ADAPTER_HEADER = "x-multilora-adapter"
 
 
-def create_app(serving: Serving, control: ReplicaControl) -> Starlette:
-    """The application over `serving`; whoever runs it owns the socket."""
+def create_app(serving: Serving, control: ReplicaControl, guard: Guard | None = None) -> Starlette:
+    """The application over `serving`; whoever runs it owns the socket. guard: None lets everybody call."""
     face, adapters = _Face(serving), AdapterEndpoints(control)
     return Starlette(
         routes=[
@@ -47,6 +52,7 @@ def create_app(serving: Serving, control: ReplicaControl) -> Starlette:
             Route("/health", face.health, methods=["GET"]),
             Route("/metrics", face.metrics, methods=["GET"]),
         ],
+        middleware=[] if guard is None else [Middleware(Door, guard=guard)],
         exception_handlers={
             MultiloraError: on_multilora_error,
             HTTPException: on_http_error,
@@ -69,11 +75,15 @@ class _Face:
         return generate
 
     async def models(self, _request: Request) -> Response:
-        """The base model, and the adapters this replica knows: a name means its alias `stable`, as in every request."""
+        """The base model, and what this replica knows of the caller's and shared adapters.
+
+        A name means its alias `stable`, as in every request.
+        """
         base = self._serving.model.name
         versions: dict[str, list[int]] = {}
         for resident in (await self._serving.engine.stats()).adapters:
-            versions.setdefault(adapter_label(resident.adapter.name), []).append(resident.adapter.version)
+            if caller().sees(tenant_of(resident.adapter.name)):
+                versions.setdefault(adapter_label(resident.adapter.name), []).append(resident.adapter.version)
         common = {"object": "model", "created": self._created, "owned_by": "multilora", "root": base}
         models = [{"id": base, **common, "parent": None, "max_model_len": self._serving.model.max_model_len}]
         for name, known in sorted(versions.items()):

@@ -10,11 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from services.common.auth.callers import note
 from services.common.errors import MultiloraError
 
 HTTP_STATUS = {
     "INVALID_ARGUMENT": 400,
     "FAILED_PRECONDITION": 400,
+    "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
     "NOT_FOUND": 404,
     "ALREADY_EXISTS": 409,
@@ -26,6 +28,7 @@ HTTP_STATUS = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CHAT_PATH = "/v1/chat/completions"
 LOAD_PATH, UNLOAD_PATH = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -50,13 +53,16 @@ def http_status(error: MultiloraError) -> int:
 
 
 def _body(status: int, message: str, param: str | None, code: str) -> dict[str, Any]:
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 async def on_multilora_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, MultiloraError)
+    note(outcome=error.reason)
     headers = {} if error.retry_after is None else {"Retry-After": str(math.ceil(error.retry_after))}
+    if error.code == "UNAUTHENTICATED":
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error, request.url.path), http_status(error), headers)
 
 

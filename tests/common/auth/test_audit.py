@@ -1,0 +1,109 @@
+"""Changes are recorded, with who asked for them; secrets are recorded nowhere."""
+
+# ruff: noqa: ARG001 -- `adapters` need only be there
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import httpx
+import pytest
+
+from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
+from multilora.inference.v1 import control_pb2, control_pb2_grpc
+from services.common.auth.audit import Audit
+from services.common.auth.callers import NOBODY
+from services.common.auth.credentials import Credentials
+from services.common.errors import MultiloraError
+from tests.common.auth.conftest import Adapters, World, ask
+
+TARGETS = [admin_pb2.WeightedVersion(version=1)]
+
+
+def last(world: World, service: str, call: str) -> dict[str, Any]:
+    return next(entry for entry in reversed(world.audit(service)) if entry["call"].endswith(call))
+
+
+def test_the_stores_record_says_who_did_what(world: World, adapters: Adapters) -> None:
+    publisher = world.client("gamma-publisher")
+    publisher.register("recorded", adapters.directory)
+    entry = last(world, "store", "/RegisterVersion")
+    assert (entry["who"], entry["role"], entry["tenant"]) == ("gamma-publisher", "publisher", "gamma")
+    assert (entry["service"], entry["peer"], entry["outcome"]) == ("adapter-store", "127.0.0.1", "OK")
+    assert entry["what"]["adapter"] == "gamma/recorded"
+    assert entry["what"]["version"] == 1
+    publisher.admin("SetAlias", adapter="recorded", alias="canary", targets=TARGETS)
+    entry = last(world, "store", "/SetAlias")
+    assert entry["what"] == {"adapter": "gamma/recorded", "alias": "canary", "targets": [{"version": 1}]}
+
+
+def test_refused_changes_stand_there_too(world: World, adapters: Adapters) -> None:
+    reader = world.client("acme-reader")
+    assert reader.refusal("SetAlias", adapter="pirate", alias="x", targets=TARGETS).reason == "ROLE_NOT_PERMITTED"
+    entry = last(world, "store", "/SetAlias")
+    assert (entry["who"], entry["outcome"]) == ("acme-reader", "ROLE_NOT_PERMITTED")
+    assert world.client("beta-publisher").refusal("SetAlias", adapter="acme/pirate", alias="x", targets=TARGETS)
+    assert last(world, "store", "/SetAlias")["outcome"] == "ADAPTER_NOT_FOUND"
+    with pytest.raises(MultiloraError):
+        world.client("beta-publisher").register("acme/pirate", adapters.directory)
+    entry = last(world, "store", "/RegisterVersion")
+    assert (entry["outcome"], entry["what"]["adapter"]) == ("NOT_YOUR_TENANT", "acme/pirate")
+
+
+def test_the_history_names_the_caller_and_whom_they_name(world: World, adapters: Adapters) -> None:
+    publisher = world.client("acme-publisher")
+    request = admin_pb2.SetAliasRequest(adapter="pirate", alias="by-jane", targets=TARGETS)
+    kind = admin_pb2_grpc.AdapterAdminServiceStub
+    publisher.call(kind, "SetAlias", request, metadata=(("x-multilora-actor", "jane"),))
+    assert publisher.admin("GetHistory", adapter="pirate").entries[0].actor == "acme-publisher (jane)"
+
+
+def test_a_replicas_record(world: World, adapters: Adapters) -> None:
+    request = control_pb2.LoadAdapterRequest(adapter="pirate")
+    world.client("acme-publisher").call(control_pb2_grpc.AdapterControlServiceStub, "LoadAdapter", request)
+    entry = last(world, "inference", "/LoadAdapter")
+    assert (entry["service"], entry["who"], entry["what"]) == (
+        "inference",
+        "acme-publisher",
+        {"adapter": "acme/pirate"},
+    )
+    with httpx.Client(verify=ssl.create_default_context(cafile=str(world.authority.ca))) as http:
+        headers = {"Authorization": f"Bearer {world.tokens['acme-publisher']}"}
+        for name, outcome in (("pirate", "OK"), ("nobody", "ADAPTER_NOT_FOUND")):
+            http.post(f"{world.https}/v1/load_lora_adapter", headers=headers, json={"lora_name": name})
+            entry = last(world, "inference", "POST /v1/load_lora_adapter")
+            assert (entry["outcome"], entry["what"]["adapter"]) == (outcome, f"acme/{name}")
+
+
+def test_the_record_only_grows(tmp_path: Any) -> None:
+    path = tmp_path / "audit"
+    path.write_text("before\n")
+    for number in range(2):
+        audit = Audit(str(path), "test")
+        audit.write(NOBODY, "here", "/X", "OK", {"text": "x" * 1000, "data": b"abc", "number": number})
+        audit.close()
+    lines = path.read_text().splitlines()
+    assert lines[0] == "before"
+    assert len(lines) == 3
+    assert len(lines[1]) < 600
+
+
+def test_secrets_are_logged_nowhere(world: World, adapters: Adapters) -> None:
+    wrong = world.client("acme-reader")
+    wrong.token = "mlt_wrong-secret-that-nobody-has"
+    with pytest.raises(MultiloraError):
+        wrong.admin("ListAdapters")
+    with pytest.raises(MultiloraError):
+        wrong.generate(ask())
+    world.client("acme-reader").generate(ask("pirate"))
+    told = (
+        (world.directory / "store.log").read_text()
+        + (world.directory / "store.audit").read_text()
+        + (world.directory / "inference.audit").read_text()
+        + "\n".join(world.records)
+    )
+    assert "listening" not in told
+    assert "a call from 127.0.0.1 came with" in told or "TOO_MANY" in told
+    for secret in (*world.tokens.values(), wrong.token):
+        assert secret not in told
+    assert "secret" not in repr(Credentials(token="secret"))
