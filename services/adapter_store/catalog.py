@@ -60,9 +60,22 @@ class Catalog:
         Raises NotFound, and FailedPrecondition when one is of another base model.
         """
         adapter = reference.adapter
-        state = self._state(adapter)[1]
-        targets = _meant(state, reference)
-        versions = self._read(adapter, state, [check_live(adapter, state, target.version) for target in targets])
+        state, targets = AdapterState(), list[Target]()
+
+        def meant(stored: Stored) -> list[str]:
+            nonlocal state, targets
+            state = _decoded(stored)[1]
+            targets = list(_meant(state, reference))
+            return [str(check_live(adapter, state, target.version)) for target in targets]
+
+        hint = reference.alias if reference.version is None else str(reference.version)
+        looked = self._index.lookup(adapter_stream(adapter), hint, meant)
+        if looked is None:
+            raise refusals.adapter_not_found(adapter)
+        versions = [
+            version_record(adapter, state, target.version, content_of(json.loads(looked[1][str(target.version)])))
+            for target in targets
+        ]
         for version in versions:
             if base_model and version.content.base_model != base_model:
                 raise FailedPrecondition(

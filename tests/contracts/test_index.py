@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from services.adapter_store.index.interface import Index, Position, Stored, Totals, Write
+from services.common.errors import NotFound
 from tests.contracts import index_racer
 from tests.contracts.index_racer import open_at
 from tests.contracts.redis_server import RedisServer
@@ -83,6 +85,29 @@ def test_an_entry_is_applied_once_and_in_turn(index: Index, open_index: Open) ->
     assert index.documents("adapters/acme/x", ["1", "2/modules", "3"]) == {"1": "document 1", "2/modules": "[]"}
     assert (index.has_pack("sha256:1"), index.has_pack("sha256:3")) == (True, False)
     assert index.position().revision == 2
+
+
+@pytest.mark.parametrize(
+    ("hint", "keys"),
+    [("stable", ["1", "2"]), ("b", ["3"]), ("3", ["3"]), ("none", []), ("stable", ["3", "4"]), ("%w", ["1"])],
+)
+def test_a_state_and_its_documents_are_looked_up_at_once(index: Index, hint: str, keys: list[str]) -> None:
+    state = '{"versions":[["sha256:3","base",1,null,false]],"aliases":{"b":[[3,1]],"stable":[[1,90],[2,10]]}}'
+    for seq in (1, 2, 3):
+        index.apply(replace(write(seq=seq), state=state))
+    documents = {key: f"document {key}" for key in keys if key != "4"}
+    assert index.lookup("adapters/acme/x", hint, lambda _: keys) == (Stored(3, state), documents)
+    assert index.lookup("adapters/acme/y", hint, lambda _: keys) is None
+
+
+def test_what_is_wanted_may_be_refused(index: Index) -> None:
+    def refuse(stored: Stored) -> list[str]:
+        raise NotFound("VERSION_NOT_FOUND", stored.state)
+
+    index.apply(write())  # its state is no JSON: it is opaque here
+    with pytest.raises(NotFound, match="state 1"):
+        index.lookup("adapters/acme/x", "stable", refuse)
+    assert index.get("adapters/acme/x") == Stored(1, "state 1")
 
 
 def test_writers_race_and_one_wins(index: Index, open_index: Open) -> None:

@@ -10,7 +10,7 @@ The epoch is a random id made when the index is; a revision means something only
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,6 +33,10 @@ class Stored:
 
     seq: int
     state: str
+
+
+# A state, and documents by key; a key without one is left out.
+Looked = tuple[Stored, dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,12 @@ class Index(IndexWriter, Protocol):
 
     def documents(self, stream: str, keys: Iterable[str]) -> dict[str, str]:
         """The documents of a stream by key; a key without one is left out."""
+
+    def lookup(self, stream: str, hint: str, wanted: Callable[[Stored], Iterable[str]]) -> Looked | None:
+        """A stream's state and those of its documents that `wanted` names for it, in one go; None without the stream.
+
+        hint: the alias or version that is looked up, by which a backend far away may guess the documents.
+        """
 
     def has_pack(self, digest: str) -> bool:
         """Whether a version, deleted or not, has these packed bytes."""

@@ -29,7 +29,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,22 @@ from services.adapter_store.index.interface import (
     Change,
     Index,
     IndexWriter,
+    Looked,
     Position,
     Stored,
     Totals,
     Write,
 )
 from services.adapter_store.index.redis_config import RedisConfig
+from services.adapter_store.index.redis_rebuild import (
+    LEASE_SECONDS,
+    POLL_SECONDS,
+    Lease,
+    interrupted,
+    rebuilding,
+    replacing,
+    suspicious,
+)
 from services.adapter_store.index.redis_server import RedisServer, new_id
 from services.adapter_store.steps import commit_step
 from services.adapter_store.streams import ADAPTERS
@@ -53,9 +63,6 @@ _SCHEMA = "1"
 _META = ("schema", "epoch", "revision", "incarnation")
 _KEPT = ("meta", "states", "seqs", "names", "named", "documents", "packs", "feed", "totals")
 _SCAN = 1000
-# A rebuild that wrote nothing for this long has died; until then other writers wait for it.
-LEASE_SECONDS = 60.0
-_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,6 @@ class RedisIndex:
         """Raises Unavailable when Redis is away or has an index of another version, FailedPrecondition."""
         self._server = RedisServer(config)
         self._feed_length = feed_length
-        self._lease_seconds = lease_seconds
         self._base = f"{{{config.prefix}}}"
         self._keys = [f"{self._base}:{name}" for name in _KEPT]
         (
@@ -95,7 +101,7 @@ class RedisIndex:
             self._feed,
             self._totals,
         ) = self._keys
-        self._lease = f"{self._base}:lease"
+        self._lease = Lease(f"{self._base}:lease", lease_seconds)
         self._trust = _Trust()
         self._guarded = True
         try:
@@ -154,6 +160,17 @@ class RedisIndex:
         found = self._read("HMGET", self._documents, *(f"{stream}/{key}" for key in wanted))
         return {key: document for key, document in zip(wanted, found, strict=True) if document is not None}
 
+    def lookup(self, stream: str, hint: str, wanted: Callable[[Stored], Iterable[str]]) -> Looked | None:
+        keys = [self._meta_key, self._states, self._documents]
+        meta, state, *rows = self._server.script("lookup", keys, stream, hint)
+        self._guard(meta)
+        if (stored := _stored(state)) is None:
+            return None
+        guessed = dict(zip(rows[::2], rows[1::2], strict=True))
+        needed = list(wanted(stored))
+        found = {key: guessed[key] for key in needed if key in guessed}
+        return stored, found | self.documents(stream, (key for key in needed if key not in guessed))
+
     def has_pack(self, digest: str) -> bool:
         return bool(self._read("SISMEMBER", self._packs, digest))
 
@@ -181,11 +198,11 @@ class RedisIndex:
         return [Change(_revision(key), fields["stream"], fields["change"]) for key, fields in rows]
 
     def apply(self, write: Write) -> int | None:
-        deadline = time.monotonic() + self._lease_seconds
+        deadline = time.monotonic() + self._lease.seconds
         while (answer := self._apply(write, self._keys)) == "rebuilding":
             if time.monotonic() > deadline:
-                raise self._rebuilding()
-            time.sleep(_POLL_SECONDS)
+                raise rebuilding(self._server.config)
+            time.sleep(POLL_SECONDS)
         commit_step("index.redis.written")
         revision: int | None = answer
         return revision
@@ -197,43 +214,18 @@ class RedisIndex:
     @contextlib.contextmanager
     def rebuild(self) -> Iterator[IndexWriter]:
         before, runs = self._look(), self._server.runs
-        token = new_id()
-        keys = [key.replace(self._base, f"{self._base}:new:{token}", 1) for key in self._keys]
-        self._take_lease(token)
-        try:
-            meta = dict(zip(_META, (_SCHEMA, new_id(), 0, before.incarnation), strict=True))
-            self._server.pipeline(
-                ("HSET", keys[0], *(word for pair in meta.items() for word in pair)),
-                ("PEXPIRE", keys[0], self._lease_ms),
-            )
+        meta: dict[str, str | int] = dict(zip(_META, (_SCHEMA, new_id(), 0, before.incarnation), strict=True))
+        with replacing(self._server, self._base, self._keys, self._lease, meta) as (keys, token):
             yield _Rebuild(self, keys, token)
-            if not self._server.script("replace", [*self._keys, *keys, self._lease], token):
-                raise self._interrupted()
-        except BaseException:
-            with contextlib.suppress(Unavailable):  # what is left expires
-                self._server.script("abandon", [*keys, self._lease], token)
-            raise
-        commit_step("index.redis.rebuilt")
         self._trust.believed = before.incarnation, runs
-
-    @property
-    def _lease_ms(self) -> int:
-        return int(self._lease_seconds * 1000)
-
-    def _take_lease(self, token: str) -> None:
-        deadline = time.monotonic() + self._lease_seconds
-        while not self._server("SET", self._lease, token, "NX", "PX", self._lease_ms):
-            if time.monotonic() > deadline:
-                raise self._rebuilding()
-            time.sleep(_POLL_SECONDS)
 
     def _apply(self, write: Write, keys: list[str], token: str = "") -> Any:
         """The revision, None, or `rebuilding`."""
         is_adapter = write.stream.startswith(ADAPTERS)
         answer = self._server.script(
             "apply",
-            [*keys, self._lease],
-            *(_SCHEMA, token, self._lease_ms, self._feed_length),
+            [*keys, self._lease.key],
+            *(_SCHEMA, token, self._lease.ms, self._feed_length),
             *(write.stream, write.stream.rpartition("/")[2] if is_adapter else "", write.seq, write.live),
             *(write.state, write.change),
             *(len(write.documents), *(word for pair in write.documents.items() for word in pair)),
@@ -243,9 +235,9 @@ class RedisIndex:
             self._look()
         elif answer == "lost":
             self._look()
-            raise self._suspicious()
+            raise suspicious(self._server.config)
         elif answer == "expired":
-            raise self._interrupted()
+            raise interrupted(self._server.config, self._lease)
         return answer
 
     def _read(self, *command: Any) -> Any:
@@ -257,7 +249,7 @@ class RedisIndex:
     def _guard(self, answer: list[Any]) -> None:
         meta = self._take_in(answer)
         if self._guarded and (meta is None or self._trust.believed != (meta.incarnation, self._server.runs)):
-            raise self._suspicious()
+            raise suspicious(self._server.config)
 
     def _look(self) -> _Meta:
         """The meta there is; a new one if there is none."""
@@ -279,28 +271,6 @@ class RedisIndex:
                 "with another --redis-prefix: the index is made anew from the log",
             )
         return _Meta(Position(epoch, int(revision)), incarnation)
-
-    def _suspicious(self) -> Unavailable:
-        return Unavailable(
-            "INDEX_HEALING",
-            f"the index on {self._server.config.where} was restarted or lost entries, and is compared with the log "
-            "now; try again",
-            retry_after=1.0,
-        )
-
-    def _rebuilding(self) -> Unavailable:
-        return Unavailable(
-            "INDEX_REBUILDING",
-            f"the index on {self._server.config.where} is being rebuilt by another process; try again when that ended",
-            retry_after=5.0,
-        )
-
-    def _interrupted(self) -> Unavailable:
-        return Unavailable(
-            "INDEX_REBUILD_INTERRUPTED",
-            f"the rebuild stood still for {self._lease_seconds:g} s, or {self._server.config.where} lost it; nothing "
-            "was changed; run it again",
-        )
 
 
 class _Rebuild:

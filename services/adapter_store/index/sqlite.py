@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from services.adapter_store.index.interface import (
@@ -17,6 +17,7 @@ from services.adapter_store.index.interface import (
     Change,
     Index,
     IndexWriter,
+    Looked,
     Position,
     Stored,
     Totals,
@@ -81,8 +82,7 @@ class SqliteIndex:
 
     def get(self, stream: str) -> Stored | None:
         with self._read() as db:
-            row = db.execute("SELECT seq, state FROM streams WHERE stream = ?", (stream,)).fetchone()
-        return None if row is None else Stored(*row)
+            return _get(db, stream)
 
     def scan(self, prefix: str, after: str, limit: int) -> list[tuple[str, Stored]]:
         with self._read() as db:
@@ -106,15 +106,14 @@ class SqliteIndex:
             after = rows[-1][0]
 
     def documents(self, stream: str, keys: Iterable[str]) -> dict[str, str]:
-        found = {}
         with self._read() as db:
-            for key in keys:
-                row = db.execute(
-                    "SELECT document FROM documents WHERE stream = ? AND key = ?", (stream, key)
-                ).fetchone()
-                if row is not None:
-                    found[key] = row[0]
-        return found
+            return _documents(db, stream, keys)
+
+    def lookup(self, stream: str, hint: str, wanted: Callable[[Stored], Iterable[str]]) -> Looked | None:
+        del hint  # all is near
+        with self._read() as db:
+            stored = _get(db, stream)
+            return None if stored is None else (stored, _documents(db, stream, wanted(stored)))
 
     def has_pack(self, digest: str) -> bool:
         with self._read() as db:
@@ -223,6 +222,20 @@ class _InTransaction:
 
 def _position(db: sqlite3.Connection) -> Position:
     return Position(*db.execute("SELECT epoch, revision FROM position").fetchone())
+
+
+def _get(db: sqlite3.Connection, stream: str) -> Stored | None:
+    row = db.execute("SELECT seq, state FROM streams WHERE stream = ?", (stream,)).fetchone()
+    return None if row is None else Stored(*row)
+
+
+def _documents(db: sqlite3.Connection, stream: str, keys: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for key in keys:
+        row = db.execute("SELECT document FROM documents WHERE stream = ? AND key = ?", (stream, key)).fetchone()
+        if row is not None:
+            found[key] = row[0]
+    return found
 
 
 def _new_epoch() -> str:
