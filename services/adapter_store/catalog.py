@@ -71,7 +71,7 @@ class Catalog:
         hint = reference.alias if reference.version is None else str(reference.version)
         looked = self._index.lookup(adapter_stream(adapter), hint, meant)
         if looked is None:
-            raise refusals.adapter_not_found(adapter)
+            raise adapter_not_found(adapter)
         versions = [
             version_record(adapter, state, target.version, content_of(json.loads(looked[1][str(target.version)])))
             for target in targets
