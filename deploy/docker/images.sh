@@ -36,7 +36,7 @@ base_image() {
 gather_wheels() {
   [ -e "$WORK/wheels/.gathered" ] && [ ! constraints.txt -nt "$WORK/wheels/.gathered" ] && return
   "$PYTHON" -m pip download --quiet --dest "$WORK/wheels" --constraint constraints.txt \
-    hatchling "torch==2.13.0" '.[store,s3,redis,inference,cli]'
+    hatchling "torch==2.13.0" async-timeout '.[store,s3,redis,inference,cli]' # redis wants it on Debian's 3.11.2
   touch "$WORK/wheels/.gathered"
 }
 

@@ -26,9 +26,12 @@ def make_server() -> GrpcServer:
 async def serving(
     server: GrpcServer, store: AdapterStore, *, stop_grace: float, heartbeat: float = HEARTBEAT_SECONDS
 ) -> AsyncIterator[None]:
-    """Serve within the context. Leaving it ends watches at once, and gives other calls `stop_grace` seconds."""
+    """Serve within the context, healthy while the index answers.
+
+    Leaving it ends watches at once, and gives other calls `stop_grace` seconds.
+    """
     with ThreadPoolExecutor(WORKER_THREADS, "worker") as workers, ThreadPoolExecutor(1, "upkeep") as upkeep:
-        async with Feed(store.journal, store.journal.index, heartbeat=heartbeat) as feed:
+        async with Feed(store.journal, store.journal.index, heartbeat=heartbeat, on_reach=server.set_serving) as feed:
             AdapterStoreServicer(store, feed).add_to(server.server)
             AdapterAdminServicer(store, workers, upkeep).add_to(server.server)
             await server.start()

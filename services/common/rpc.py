@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
+from services.common.call_metrics import CallCounts
 from services.common.errors import ERRORS_BY_CODE, Internal, MultiloraError, Unavailable
 
 ERROR_DOMAIN = "multilora"
@@ -149,8 +150,9 @@ class GrpcServer:
     """A grpc.aio server with health, reflection and the error table; health follows `set_serving`."""
 
     def __init__(self, service_names: Sequence[str], *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.calls = CallCounts()
         self.server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[self.calls, ErrorInterceptor()],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from multilora.inference.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from services.common.call_metrics import CallCounts
 from services.common.errors import FailedPrecondition, NotFound, Unavailable
 from services.common.gguf_config import open_gguf
 from services.common.profile import check_profile, linear_shapes
@@ -35,6 +36,7 @@ from services.inference.resolver import Resolver
 from services.inference.servicer import InferenceServicer
 from services.inference.serving import Serving
 from services.inference.tokenizer import Tokenizer
+from services.inference.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
             AdapterControlServicer(serving, control, started), grpc_server.server
         )
         await grpc_server.start()
-        async with _http(http_socket, serving, control):
+        await warm_up(control, config.warm_adapters)
+        async with _http(http_socket, serving, control, grpc_server.calls):
             await grpc_server.set_serving(True)
             tasks = [asyncio.create_task(_unhealthy_when_dead(engine, grpc_server))]
             if names is not None:
@@ -177,13 +180,15 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _http(listening: socket.socket | None, serving: Serving, control: ReplicaControl) -> AsyncIterator[None]:
+async def _http(
+    listening: socket.socket | None, serving: Serving, control: ReplicaControl, calls: CallCounts
+) -> AsyncIterator[None]:
     if listening is None:
         yield
         return
     server = _Uvicorn(
         uvicorn.Config(
-            create_app(serving, control),
+            create_app(serving, control, calls),
             log_level="warning",
             access_log=False,
             lifespan="off",

@@ -179,6 +179,9 @@ class Serving:
         meter = Meter()
         try:
             yield meter
+        except MultiloraError as error:
+            meter.failed(error.code)
+            raise
         finally:
             self.traffic.add(adapter.name if adapter is not None else self.model.name, meter.record)
 

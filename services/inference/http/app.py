@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from services.common.call_metrics import CallCounts
 from services.common.errors import MultiloraError
 from services.inference.conversion import check_adapter_metadata
 from services.inference.http import metrics
@@ -34,9 +35,9 @@ from services.inference.serving import Serving
 ADAPTER_HEADER = "x-multilora-adapter"
 
 
-def create_app(serving: Serving, control: ReplicaControl) -> Starlette:
+def create_app(serving: Serving, control: ReplicaControl, calls: CallCounts) -> Starlette:
     """The application over `serving`; whoever runs it owns the socket."""
-    face, adapters = _Face(serving), AdapterEndpoints(control)
+    face, adapters = _Face(serving, calls), AdapterEndpoints(control)
     return Starlette(
         routes=[
             Route("/v1/models", face.models, methods=["GET"]),
@@ -56,8 +57,9 @@ def create_app(serving: Serving, control: ReplicaControl) -> Starlette:
 
 
 class _Face:
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, calls: CallCounts) -> None:
         self._serving = serving
+        self._calls = calls
         self._created = int(time.time())
 
     def generation(self, kind: type[OpenAIRequest]) -> Callable[[Request], Awaitable[Response]]:
@@ -87,5 +89,5 @@ class _Face:
         stats = await self._serving.engine.stats()
         config, age = self._serving.config, self._serving.resolver.snapshot_age
         slots = config.adapters.num_slots
-        page = metrics.render(stats, self._serving.traffic, slots, age, config.metrics_top_adapters)
+        page = metrics.render(stats, self._serving.traffic, slots, age, config.metrics_top_adapters, self._calls)
         return Response(page, headers={"content-type": CONTENT_TYPE_LATEST})
