@@ -1,6 +1,7 @@
 # The inference service. `--target cpu` (the default), or
 # `--target cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg EXTRAS=inference,gpu`.
 # checkov:skip=CKV_DOCKER_2: OCI images have no HEALTHCHECK; the chart's probes ask the service's own gRPC health
+# checkov:skip=CKV_DOCKER_7: the default of BASE names a version
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
