@@ -1,4 +1,4 @@
-"""The store's metrics for Prometheus, on a port of their own."""
+"""The store's metrics for Prometheus, on a port of their own. Its server writes OpenMetrics, whose names have no colons."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class StoreCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         totals = self._catalog.totals()
-        yield GaugeMetricFamily("multilora:store_adapters", "Adapters registered", value=totals.adapters)
-        yield GaugeMetricFamily("multilora:store_versions", "Versions registered", value=totals.versions)
-        yield GaugeMetricFamily("multilora:store_base_models", "Base models registered", value=totals.base_models)
+        yield GaugeMetricFamily("multilora_store_adapters", "Adapters registered", value=totals.adapters)
+        yield GaugeMetricFamily("multilora_store_versions", "Versions registered", value=totals.versions)
+        yield GaugeMetricFamily("multilora_store_base_models", "Base models registered", value=totals.base_models)
         yield from self._calls.collect()
 
 
