@@ -1,4 +1,4 @@
-"""The store's metrics for Prometheus, on a port of their own. Its server writes OpenMetrics, whose names have no colons."""
+"""The store's metrics on a port of their own. Its server writes OpenMetrics, whose names have no colons."""
 
 from __future__ import annotations
 

@@ -76,6 +76,8 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
         if http_socket is not None:
             opened.enter_context(http_socket)  # a start that is given up leaves nothing open
         names = NameClient(config.adapter_store, model.name) if config.adapter_store else None
+        if names is not None:
+            opened.push_async_callback(names.close)
         engine = AsyncEngine(host, config.max_unread_tokens)
         resolver = Resolver(model.name, names.resolve if names is not None else None)
         if names is not None:
@@ -87,6 +89,7 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
             AdapterControlServicer(serving, control, started), grpc_server.server
         )
         await grpc_server.start()
+        opened.push_async_callback(grpc_server.stop, 1.0)
         await warm_up(control, config.warm_adapters)
         async with _http(http_socket, serving, control, grpc_server.calls):
             await grpc_server.set_serving(True)
@@ -102,9 +105,6 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
                     task.cancel()
                 await grpc_server.set_serving(False)
                 await engine.shutdown(drain=True, timeout=config.shutdown_grace)
-                await grpc_server.stop(grace=1.0)
-                if names is not None:
-                    await names.close()
 
 
 @contextlib.asynccontextmanager
