@@ -15,6 +15,7 @@ from services.cli import (
     base_models,
     bench,
     generation,
+    plan,
     residency,
     status,
     store,
@@ -53,6 +54,7 @@ app.add_typer(bench.app, name="bench")
 app.command()(generation.generate)
 app.command()(generation.chat)
 app.command()(status.status)
+app.command()(plan.plan)
 
 
 @app.callback()

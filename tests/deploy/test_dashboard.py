@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from tests.assets.random_adapter import make_random_adapter
+from tests.cli.conftest import run_cli
 from tests.clients import generate, request
 from tests.conftest import TINY_BASE, inference_config, run_inference, run_store
 from tests.deploy.conftest import CHART, alerts_file, needs
@@ -39,18 +40,18 @@ def alert_queries() -> list[str]:
 
 class Prometheus:
     def __init__(self, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
 
     def ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self._url}/-/ready", timeout=5):
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=5):
                 return True
         except (urllib.error.URLError, ConnectionError):
             return False
 
     def ask(self, query: str) -> list[object]:
         """The series that answer. Raises HTTPError when the query is none."""
-        with urllib.request.urlopen(f"{self._url}/api/v1/query?query={quote(query)}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?query={quote(query)}", timeout=10) as answer:
             return list(json.load(answer)["data"]["result"])
 
 
@@ -114,3 +115,13 @@ def test_alerts_ask_for_what_is_exported_and_none_fires(prometheus: Prometheus) 
         assert prometheus.ask(query) == [], query
         for metric in set(re.findall(r"\b(?:vllm:|multilora[:_]|grpc_server_)\w+", query)) - MAY_BE_EMPTY:
             assert prometheus.ask(metric) or prometheus.ask(f"{metric}_bucket"), metric
+
+
+@needs("prometheus")
+def test_plan_counts_what_prometheus_saw(prometheus: Prometheus) -> None:
+    eventually(lambda: bool(prometheus.ask('increase(multilora:requests_total{adapter="pirate"}[5m]) > 0')))
+    ended = run_cli("plan", "--from-metrics", prometheus.url, "--hours", "0.01", "--json")
+    assert ended.returncode == 0, ended.stderr
+    wanted = json.loads(ended.stdout)
+    assert wanted["window"] == 1
+    assert wanted["max_cpu_loras"] >= wanted["max_loras"] >= 2
