@@ -149,8 +149,15 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) 
 class GrpcServer:
     """A grpc.aio server with health, reflection and the error table; health follows `set_serving`."""
 
-    def __init__(self, service_names: Sequence[str], *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        self.calls = CallCounts()
+    def __init__(
+        self,
+        service_names: Sequence[str],
+        *,
+        calls: CallCounts | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        """calls: where this server's calls are counted, with those of others"""
+        self.calls = CallCounts() if calls is None else calls
         self.server = grpc.aio.server(
             interceptors=[self.calls, ErrorInterceptor()],
             options=[

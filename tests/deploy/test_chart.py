@@ -20,8 +20,6 @@ ALL_VALUES = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
 LATER = (
     "--tls-",
     "--tokens",
-    "--admin-port",
-    "--insecure",
     "--audit-log",
     "--adapter-store-token",
     "--adapter-store-ca",

@@ -66,9 +66,6 @@ securityContext:
 
 {{- define "multilora.securityFlags" -}}
 {{- with .Values.security }}
-{{- if .insecure }}
-- --insecure
-{{- end }}
 {{- if .tlsSecret }}
 - --tls-cert=/secrets/tls/tls.crt
 - --tls-key=/secrets/tls/tls.key
@@ -79,12 +76,16 @@ securityContext:
 {{- if .tokensSecret }}
 - --tokens=/secrets/tokens/tokens
 {{- end }}
-{{- if .adminPort }}
-- --admin-port={{ .adminPort }}
-{{- end }}
 {{- if .auditLog }}
 - --audit-log={{ .auditLog }}
 {{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "multilora.insecure" -}}
+{{- if .Values.security.insecure }}
+env:
+  - { name: MULTILORA_INSECURE, value: "1" }
 {{- end }}
 {{- end }}
 
@@ -108,7 +109,9 @@ securityContext:
 
 {{/* Readiness from the service's own gRPC health. The kubelet's gRPC probe speaks no TLS: then over HTTP. */}}
 {{- define "multilora.ready" -}}
-{{- if .root.Values.security.tlsSecret -}}
+{{- if .root.Values.security.clientCaSecret -}}
+tcpSocket: { port: {{ .grpc }} }
+{{- else if .root.Values.security.tlsSecret -}}
 httpGet: { port: {{ .http }}, path: {{ .path }}, scheme: {{ .scheme }} }
 {{- else -}}
 grpc: { port: {{ .grpc }} }
