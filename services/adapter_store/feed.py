@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -52,10 +52,19 @@ Event = Reset | Heartbeat | Changed
 class Feed:
     """Lives on one event loop: enter the context there; leaving it ends every watch with Unavailable."""
 
-    def __init__(self, journal: Journal, index: Index, *, heartbeat: float = HEARTBEAT_SECONDS) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        index: Index,
+        *,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        on_reach: Callable[[bool], Awaitable[None]] | None = None,
+    ) -> None:
+        """on_reach: told whether the index answers, each time that changes; it does at the start."""
         self._journal = journal
         self._index = index
         self._heartbeat = heartbeat
+        self._on_reach = on_reach
         self._ring: deque[Change] = deque(maxlen=_RING)
         self._position: Position
         self._poke: asyncio.Event
@@ -123,7 +132,7 @@ class Feed:
         return changes if self._index.position().epoch == epoch else None
 
     async def _run(self) -> None:
-        away = False
+        away = was_away = False
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poke.wait(), POLL_SECONDS)
@@ -137,6 +146,9 @@ class Feed:
                 away = True
             except Exception:
                 log.exception("the feed of changes failed")
+            if away != was_away and self._on_reach is not None:
+                await self._on_reach(not away)
+            was_away = away
 
     async def _look(self) -> None:
         """Take in what is new."""

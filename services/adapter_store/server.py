@@ -27,7 +27,8 @@ def make_server(guard: Guard | None = None, tls: Tls | None = None) -> GrpcServe
 
 def make_servers(guard: Guard | None = None, tls: Tls | None = None) -> tuple[GrpcServer, GrpcServer]:
     """What replicas call, and what operators and pipelines do, each to bind to a port of its own."""
-    return GrpcServer([SERVICE], guard=guard, tls=tls), GrpcServer([ADMIN_SERVICE], guard=guard, tls=tls)
+    server = GrpcServer([SERVICE], guard=guard, tls=tls)
+    return server, GrpcServer([ADMIN_SERVICE], guard=guard, tls=tls, calls=server.calls)
 
 
 @contextlib.asynccontextmanager
@@ -39,18 +40,24 @@ async def serving(
     stop_grace: float,
     heartbeat: float = HEARTBEAT_SECONDS,
 ) -> AsyncIterator[None]:
-    """Serve within the context. Leaving it ends watches at once, and gives other calls `stop_grace` seconds.
+    """Serve within the context, healthy while the index answers.
 
+    Leaving it ends watches at once, and gives other calls `stop_grace` seconds.
     admin: None serves administration on the same port
     """
     servers = [server] if admin is None else [server, admin]
+
+    async def set_serving(healthy: bool) -> None:
+        for each in servers:
+            await each.set_serving(healthy)
+
     with ThreadPoolExecutor(WORKER_THREADS, "worker") as workers, ThreadPoolExecutor(1, "upkeep") as upkeep:
-        async with Feed(store.journal, store.journal.index, heartbeat=heartbeat) as feed:
+        async with Feed(store.journal, store.journal.index, heartbeat=heartbeat, on_reach=set_serving) as feed:
             AdapterStoreServicer(store, feed).add_to(server.server)
             AdapterAdminServicer(store, workers, upkeep).add_to(servers[-1].server)
             for each in servers:
                 await each.start()
-                await each.set_serving(True)
+            await set_serving(True)
             try:
                 yield
             finally:

@@ -16,6 +16,7 @@ from services.cli import (
     base_models,
     bench,
     generation,
+    plan,
     residency,
     status,
     store,
@@ -56,6 +57,7 @@ app.add_typer(bench.app, name="bench")
 app.command()(generation.generate)
 app.command()(generation.chat)
 app.command()(status.status)
+app.command()(plan.plan)
 
 
 @app.callback()

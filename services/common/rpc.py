@@ -21,6 +21,7 @@ from grpc_status import rpc_status
 from services.common.auth.audit import facts_of
 from services.common.auth.guard import AUTHORIZATION, Guard, host_of
 from services.common.auth.tls import Tls
+from services.common.call_metrics import CallCounts
 from services.common.errors import ERRORS_BY_CODE, Internal, MultiloraError, Unavailable
 
 ERROR_DOMAIN = "multilora"
@@ -199,12 +200,16 @@ class GrpcServer:
         *,
         guard: Guard | None = None,
         tls: Tls | None = None,
+        calls: CallCounts | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        """guard, tls: None lets everybody call, in plain text"""
+        """guard, tls: None lets everybody call, in plain text
+        calls: where this server's calls are counted, with those of others
+        """
         self._tls = tls
+        self.calls = CallCounts() if calls is None else calls
         self.server = grpc.aio.server(
-            interceptors=[CallInterceptor(guard)],
+            interceptors=[self.calls, CallInterceptor(guard)],
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapter-store-cert", None, "certificate that the store is shown, PEM", Path)
     add("--adapter-store-key", None, "its private key, PEM", Path)
     add("--adapter-root", None, "directory beneath which adapters may be loaded by path; none: refused", Path)
+    add("--warm-adapters", (), "references, by commas, that must be resident before the service is ready", _names)
     add("--data-dir", defaults["data_dir"], "where pulled adapters are cached", Path)
     add("--max-loras", room.max_loras, "most adapters resident at once")
     add("--max-resident-loras", room.max_resident_loras, "the same, as far as the pages go; 0: --max-loras")
@@ -92,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--shutdown-grace", defaults["shutdown_grace"], "seconds running requests have to finish at shutdown")
     add("--log-level", "info", "debug, info, warning or error")
     return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def _weight(text: str) -> tuple[str, float]:

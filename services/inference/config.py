@@ -128,6 +128,7 @@ class ServerConfig:
     adapter_store_admin: where it is administered; empty is 10 ports above
     store_credentials: what the store is shown
     adapter_root: directory beneath which adapters may be loaded by path; None refuses paths
+    warm_adapters: adapter references that must be resident before the service is ready
     threads: 0 takes the cores this process may use
     engine_process: whether the engine runs in a process of its own
     metrics_top_adapters: adapters with metrics of their own; the others' are one
@@ -149,6 +150,7 @@ class ServerConfig:
     adapter_store_admin: str = ""
     store_credentials: Credentials = field(default_factory=Credentials)
     adapter_root: Path | None = None
+    warm_adapters: tuple[str, ...] = ()
     data_dir: Path = Path(".data/inference")
     max_model_len: int = 0
     max_num_seqs: int = 64
@@ -183,6 +185,12 @@ class ServerConfig:
             raise ConfigError(f"--model: nothing is at {self.model}; give a Hugging Face directory or a .gguf file")
         if self.adapter_root is not None and not self.adapter_root.is_dir():
             raise ConfigError(f"--adapter-root: {self.adapter_root} is no directory")
+        if self.warm_adapters and self.adapter_store is None:
+            raise ConfigError("--warm-adapters needs --adapter-store: they come from there")
+        if len(self.warm_adapters) > self.adapters.num_slots:
+            raise ConfigError(
+                f"--warm-adapters names {len(self.warm_adapters)}, and --max-loras has {self.adapters.num_slots} slots"
+            )
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

@@ -39,6 +39,7 @@ from services.inference.resolver import Resolver
 from services.inference.servicer import InferenceServicer
 from services.inference.serving import Serving
 from services.inference.tokenizer import Tokenizer
+from services.inference.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
         if http_socket is not None:
             opened.enter_context(http_socket)  # a start that is given up leaves nothing open
         names = _name_client(config, model.name)
+        if names is not None:
+            opened.push_async_callback(names.close)
         engine = AsyncEngine(host, config.max_unread_tokens)
         resolver = Resolver(model.name, names.resolve if names is not None else None)
         if names is not None:
@@ -91,7 +94,9 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
         )
         for server, _ in servers:
             await server.start()
-        async with _http(http_socket, create_app(serving, control, guard), tls):
+            opened.push_async_callback(server.stop, 1.0)
+        await warm_up(control, config.warm_adapters)
+        async with _http(http_socket, create_app(serving, control, grpc_server.calls, guard), tls):
             await _set_serving(servers, True)
             tasks = [asyncio.create_task(_unhealthy_when_dead(engine, servers))]
             if names is not None:
@@ -106,9 +111,6 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
                     task.cancel()
                 await _set_serving(servers, False)
                 await engine.shutdown(drain=True, timeout=config.shutdown_grace)
-                await asyncio.gather(*(server.stop(grace=1.0) for server, _ in servers))
-                if names is not None:
-                    await names.close()
 
 
 @contextlib.asynccontextmanager
@@ -167,9 +169,10 @@ def _servers(config: ServerConfig, guard: Guard | None, tls: Tls | None) -> list
     asked = admin_port(config.admin_port, config.port)
     if asked == SAME_PORT:
         return [(GrpcServer([generation, administration], guard=guard, tls=tls), config.port)]
+    server = GrpcServer([generation], guard=guard, tls=tls)
     return [
-        (GrpcServer([generation], guard=guard, tls=tls), config.port),
-        (GrpcServer([administration], guard=guard, tls=tls), asked),
+        (server, config.port),
+        (GrpcServer([administration], guard=guard, tls=tls, calls=server.calls), asked),
     ]
 
 

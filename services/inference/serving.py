@@ -180,6 +180,9 @@ class Serving:
         meter, budget = Meter(), caller().budget
         try:
             yield meter
+        except MultiloraError as error:
+            meter.failed(error.code)
+            raise
         finally:
             self.traffic.add(adapter.name if adapter is not None else self.model.name, meter.record)
             if budget is not None:

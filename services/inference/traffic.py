@@ -40,9 +40,14 @@ class Histogram:
 
 @dataclass(slots=True)
 class Record:
-    """One request's traffic, or many requests'. requests: by the tier their adapter came from; '' for the base model"""
+    """One request's traffic, or many requests'.
+
+    requests: by the tier their adapter came from; '' for the base model
+    failures: of requests that were admitted, by status code
+    """
 
     requests: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     generation_tokens: int = 0
     queue: Histogram = field(default_factory=Histogram)
@@ -52,6 +57,7 @@ class Record:
 
     def absorb(self, other: Record) -> None:
         self.requests.update(other.requests)
+        self.failures.update(other.failures)
         self.prompt_tokens += other.prompt_tokens
         self.generation_tokens += other.generation_tokens
         self.queue.absorb(other.queue)
@@ -70,6 +76,9 @@ class Meter:
     def started(self, tier: str, prompt_tokens: int) -> None:
         self.record.requests[tier] += 1
         self.record.prompt_tokens += prompt_tokens
+
+    def failed(self, code: str) -> None:
+        self.record.failures[code] += 1
 
     def tokens(self, count: int, times: RequestTimes | None) -> None:
         """`times` comes with the first of a request's tokens."""

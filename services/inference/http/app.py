@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from services.common.auth.callers import caller
 from services.common.auth.guard import Guard
+from services.common.call_metrics import CallCounts
 from services.common.errors import MultiloraError
 from services.common.references import tenant_of
 from services.inference.conversion import check_adapter_metadata
@@ -39,9 +40,12 @@ from services.inference.serving import Serving
 ADAPTER_HEADER = "x-multilora-adapter"
 
 
-def create_app(serving: Serving, control: ReplicaControl, guard: Guard | None = None) -> Starlette:
-    """The application over `serving`; whoever runs it owns the socket. guard: None lets everybody call."""
-    face, adapters = _Face(serving), AdapterEndpoints(control)
+def create_app(serving: Serving, control: ReplicaControl, calls: CallCounts, guard: Guard | None = None) -> Starlette:
+    """The application over `serving`; whoever runs it owns the socket.
+
+    calls: the gRPC calls that /metrics tells of; guard: None lets everybody call
+    """
+    face, adapters = _Face(serving, calls), AdapterEndpoints(control)
     return Starlette(
         routes=[
             Route("/v1/models", face.models, methods=["GET"]),
@@ -62,8 +66,9 @@ def create_app(serving: Serving, control: ReplicaControl, guard: Guard | None = 
 
 
 class _Face:
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, calls: CallCounts) -> None:
         self._serving = serving
+        self._calls = calls
         self._created = int(time.time())
 
     def generation(self, kind: type[OpenAIRequest]) -> Callable[[Request], Awaitable[Response]]:
@@ -97,5 +102,5 @@ class _Face:
         stats = await self._serving.engine.stats()
         config, age = self._serving.config, self._serving.resolver.snapshot_age
         slots = config.adapters.num_slots
-        page = metrics.render(stats, self._serving.traffic, slots, age, config.metrics_top_adapters)
+        page = metrics.render(stats, self._serving.traffic, slots, age, config.metrics_top_adapters, self._calls)
         return Response(page, headers={"content-type": CONTENT_TYPE_LATEST})

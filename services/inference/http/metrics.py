@@ -10,17 +10,21 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.common.call_metrics import CallCounts
 from services.inference.engine.messages import EngineStats, ResidentAdapter
 from services.inference.http.traffic_metrics import LABELS, REST, TrafficCollector, adapter_label, labels_of
 from services.inference.traffic import Traffic
 
 
-def render(stats: EngineStats, traffic: Traffic, max_loras: int, snapshot_age: float, top_adapters: int) -> bytes:
+def render(
+    stats: EngineStats, traffic: Traffic, max_loras: int, snapshot_age: float, top_adapters: int, calls: CallCounts
+) -> bytes:
     """The exposition of `stats` and `traffic` in the text format, whatever a scraper prefers: prometheus_client's
     OpenMetrics writes an underscore for each colon, and so would rename every metric."""
     registry = CollectorRegistry()
     registry.register(StatsCollector(stats, max_loras, snapshot_age, top_adapters))
     registry.register(TrafficCollector(traffic))
+    registry.register(calls)
     return generate_latest(registry)
 
 

@@ -50,6 +50,13 @@ class TrafficCollector(Collector):
             for tier, count in sorted(record.requests.items()):
                 requests.add_metric([*labels, tier], count)
         yield requests
+        failed = CounterMetricFamily(
+            "multilora:requests_failed", "Requests that failed, by status code", labels=[*LABELS, "code"]
+        )
+        for labels, record in rows:
+            for code, count in sorted(record.failures.items()):
+                failed.add_metric([*labels, code], count)
+        yield failed
         yield counter("multilora:prompt_tokens", "Prompt tokens", lambda record: record.prompt_tokens)
         yield counter("multilora:generation_tokens", "Tokens sent", lambda record: record.generation_tokens)
         yield histogram("multilora:queue_time_seconds", "From arrival to the first step", lambda record: record.queue)

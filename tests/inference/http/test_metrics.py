@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families as text_string_to_metric_families
 
+from services.common.call_metrics import CallCounts
 from services.inference.engine.messages import EngineStats, ResidentAdapter
 from services.inference.engine.request import AdapterVersion
 from services.inference.http.metrics import render
@@ -151,7 +152,7 @@ def test_waiting_leaves_out_what_is_resident() -> None:
     moves = {("STORE", "PULLING"): 3}
     more = {"blocks_free": 75, "adapters": adapters, "adapter_transitions": moves, "requests_by_adapter": {}}
     stats = EngineStats(**counts | more)
-    found = samples(text_string_to_metric_families(render(stats, Traffic(1), 4, 0.5, 100).decode()))
+    found = samples(text_string_to_metric_families(render(stats, Traffic(1), 4, 0.5, 100, CallCounts()).decode()))
     assert found["vllm:lora_requests_info"][0] == {
         "max_lora": "4",
         "running_lora_adapters": "t/both,t/busy",
@@ -170,7 +171,7 @@ def test_requests_by_adapter_are_of_the_busiest_and_the_rest() -> None:
     asked = {"sha256:default/a": 5, "sha256:t/b": 7, "sha256:t/c": 2, "sha256:t/d": 1}
     counts: dict[str, Any] = {each.name: 0 for each in fields(EngineStats)} | {"blocks": 1, "adapters": adapters}
     stats = EngineStats(**counts | {"requests_by_adapter": asked, "adapter_transitions": {}})
-    families = list(text_string_to_metric_families(render(stats, Traffic(1), 4, 0.5, 2).decode()))
+    families = list(text_string_to_metric_families(render(stats, Traffic(1), 4, 0.5, 2, CallCounts()).decode()))
     found = {
         family.name: {tuple(sample.labels.values()): sample.value for sample in family.samples} for family in families
     }

@@ -1,0 +1,136 @@
+"""What the chart renders, against the services it starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from services.adapter_store.__main__ import parse_arguments
+from services.inference.__main__ import _parser
+from tests.deploy.conftest import CHART, Documents, container
+
+Helm = Callable[..., subprocess.CompletedProcess[str]]
+Render = Callable[..., Documents]
+
+ALL_VALUES = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
+LATER = (
+    "--tls-",
+    "--tokens",
+    "--audit-log",
+    "--adapter-store-token",
+    "--adapter-store-ca",
+)
+"""Flags of authentication: values ask for them, and the CPU trial does not."""
+
+
+@pytest.mark.parametrize("values", ALL_VALUES)
+def test_the_services_take_the_flags_they_are_started_with(values: str, rendered: Render) -> None:
+    documents = rendered(values=values)
+    store = [flag for flag in container(documents, "store")["args"] if not flag.startswith(LATER)]
+    inference = [flag for flag in container(documents, "inference")["args"] if not flag.startswith(LATER)]
+    assert parse_arguments(store).port == 50052
+    assert _parser().parse_args(inference).adapter_store == "multilora-store:50052"
+
+
+def test_the_schema_knows_no_flag_that_the_services_do_not() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+    flags = schema["inference"]["properties"]["flags"]["properties"]
+    offered = {option for action in _parser()._actions for option in action.option_strings}
+    assert {f"--{flag}" for flag in flags} <= offered
+    for flag in schema["store"]["properties"]["flags"]["properties"]:
+        parse_arguments([f"--{flag}", "auto" if flag == "s3-addressing" else "1", "--index", "redis://x/0"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--set", "inference.replicas=many"], "inference.replicas"),
+        (["--set", "inference.device=tpu"], "inference.device"),
+        (["--set", "inference.flags.max-loars=8"], "max-loars"),
+        (["--set", "inference.flags.max-lora-rank=1024"], "max-lora-rank"),
+        (["--set", "model.claim="], "model.claim"),
+        (["--set", "model.path=/etc/passwd"], "model.path"),
+        (["--set", "store.volume.size=big"], "store.volume.size"),
+        (["--set", "secret=hunter2"], "secret"),
+        (["--set", "inference.warmAdapters={a\\,b}"], "warmAdapters"),
+        (["--set", "store.replicas=2"], "give store.s3.bucket and store.redis.secret"),
+        (["--set", "inference.device=cuda"], "cuda needs gpus"),
+    ],
+)
+def test_wrong_values_are_refused(flags: list[str], says: str, helm: Helm) -> None:
+    ended = helm(*flags)
+    assert ended.returncode != 0
+    assert says.replace(".", "/") in ended.stderr or says in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize("values", ALL_VALUES)
+def test_pods_are_restricted_and_say_why_they_end(values: str, rendered: Render) -> None:
+    documents = rendered(values=values)
+    for part in ("store", "inference"):
+        pod = documents["Deployment", part]["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        only = container(documents, part)
+        assert only["terminationMessagePolicy"] == "FallbackToLogsOnError"
+        assert only["securityContext"]["readOnlyRootFilesystem"]
+        assert only["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert {"hostPath", "hostNetwork"}.isdisjoint(json.dumps(pod))
+        budget = documents["PodDisruptionBudget", part]["spec"]
+        assert (
+            budget["selector"]["matchLabels"].items()
+            <= documents["Deployment", part]["spec"]["template"]["metadata"]["labels"].items()
+        )
+
+
+def test_a_pod_outlives_the_grace_it_gives_its_requests(rendered: Render) -> None:
+    documents = rendered("--set", "inference.shutdownGrace=300")
+    pod = documents["Deployment", "inference"]["spec"]["template"]["spec"]
+    assert "--shutdown-grace=300" in container(documents, "inference")["args"]
+    sleep = container(documents, "inference")["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] >= 300 + sleep + 10
+
+
+def test_secrets_are_named_and_never_values(rendered: Render) -> None:
+    documents = rendered(values="many-gpus")
+    store = container(documents, "store")
+    assert [each["secretRef"]["name"] for each in store["envFrom"]] == ["multilora-s3", "multilora-redis"]
+    assert "--tokens=/secrets/tokens/tokens" in store["args"]
+    volumes = documents["Deployment", "store"]["spec"]["template"]["spec"]["volumes"]
+    assert {"multilora-tls", "multilora-tokens"} <= {
+        each["secret"]["secretName"] for each in volumes if "secret" in each
+    }
+    assert not [kind for kind, _ in documents if kind == "Secret"]
+
+
+def test_readiness_is_asked_where_the_kubelet_can_ask(rendered: Render) -> None:
+    """Its gRPC probe speaks no TLS."""
+    assert container(rendered(), "inference")["readinessProbe"]["grpc"] == {"port": 50051}
+    secured = rendered(values="one-gpu")
+    assert container(secured, "inference")["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+    assert container(secured, "store")["readinessProbe"]["httpGet"]["path"] == "/metrics"
+
+
+def test_nothing_is_open_beyond_the_namespace_unless_named(rendered: Render) -> None:
+    for part in ("store", "inference"):
+        policy = rendered()["NetworkPolicy", part]["spec"]
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        assert all("namespaceSelector" not in peer for rule in policy["ingress"] for peer in rule["from"])
+
+
+def test_an_autoscaler_owns_the_number_of_replicas(rendered: Render) -> None:
+    documents = rendered(values="many-gpus")
+    assert "replicas" not in documents["Deployment", "inference"]["spec"]
+    (metric,) = documents["HorizontalPodAutoscaler", "inference"]["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] == "vllm_num_requests_waiting"
+
+
+def test_alerts_and_dashboard_go_in_as_they_lie(rendered: Render) -> None:
+    documents = rendered(values="one-gpu")
+    rules = documents["PrometheusRule", "alerts"]["spec"]["groups"][0]["rules"]
+    assert len(rules) == (CHART / "files/alerts.yaml").read_text().count("- alert:")
+    board = documents["ConfigMap", "dashboard"]["data"]["multilora.json"]
+    assert json.loads(board) == json.loads(Path(CHART / "files/dashboard.json").read_text())

@@ -1,0 +1,127 @@
+"""Every query of the dashboard and of the alerts, against a real Prometheus that scrapes both services."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import yaml
+
+from tests.assets.random_adapter import make_random_adapter
+from tests.cli.conftest import run_cli
+from tests.clients import generate, request
+from tests.conftest import TINY_BASE, inference_config, run_inference, run_store
+from tests.deploy.conftest import CHART, alerts_file, needs
+from tests.inference.http.pair import ADAPTER, eventually
+
+MAY_BE_EMPTY = {"multilora:requests_failed_total"}
+"""No request has failed; its labels come with the first that does."""
+
+
+def dashboard_queries() -> list[str]:
+    board = json.loads((CHART / "files/dashboard.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    return [query.replace("$__rate_interval", "5s") for query in queries]
+
+
+def alert_queries() -> list[str]:
+    rules = yaml.safe_load(alerts_file().read_text())["groups"][0]["rules"]
+    return [rule["expr"] for rule in rules]
+
+
+class Prometheus:
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=5):
+                return True
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    def ask(self, query: str) -> list[object]:
+        """The series that answer. Raises HTTPError when the query is none."""
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?query={quote(query)}", timeout=10) as answer:
+            return list(json.load(answer)["data"]["result"])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+@contextmanager
+def run_prometheus(directory: Path, **targets: str) -> Iterator[Prometheus]:
+    jobs = [{"job_name": f"multilora-{job}", "static_configs": [{"targets": [at]}]} for job, at in targets.items()]
+    config = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": jobs}
+    directory.mkdir()
+    (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
+    port = free_port()
+    command = ["prometheus", f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
+    with subprocess.Popen(command) as process:
+        try:
+            prometheus = Prometheus(port)
+            eventually(prometheus.ready)
+            yield prometheus
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def prometheus(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Scraping a store and a replica that have answered."""
+    root, metrics_port = tmp_path_factory.mktemp("monitored"), free_port()
+    adapter = make_random_adapter(root / "adapter", tiny_model, base_model_name_or_path=TINY_BASE)
+    with run_store(root / "store", "--metrics-port", str(metrics_port)) as store:
+        store.register_base(TINY_BASE, (tiny_model / "config.json").read_text())
+        store.register(ADAPTER, adapter, TINY_BASE)
+        config = inference_config(tiny_model, root / "cache", adapter_store=store.address, threads=1)
+        with run_inference(config) as server:
+            targets = {"store": f"127.0.0.1:{metrics_port}", "inference": server.http.removeprefix("http://")}
+            with run_prometheus(root / "prometheus", **targets) as prometheus:
+                # of each job two scrapes after an answer, so that rates are of something
+                def answered_and_scraped() -> bool:
+                    generate(server.address, request([5, 6, 7], adapter=ADAPTER, max_tokens=4))
+                    scraped = "min by (job) (count_over_time(up[10s])) >= 3 and min by (job) (up) == 1"
+                    return len(prometheus.ask(scraped)) == 2
+
+                eventually(answered_and_scraped)
+                yield prometheus
+
+
+@needs("prometheus")
+def test_every_panel_shows_something(prometheus: Prometheus) -> None:
+    empty = []
+    for query in dashboard_queries():
+        if not prometheus.ask(query) and not any(name in query for name in MAY_BE_EMPTY):
+            empty.append(query)
+    assert empty == []
+
+
+@needs("prometheus")
+def test_alerts_ask_for_what_is_exported_and_none_fires(prometheus: Prometheus) -> None:
+    for query in alert_queries():
+        assert prometheus.ask(query) == [], query
+        for metric in set(re.findall(r"\b(?:vllm:|multilora[:_]|grpc_server_)\w+", query)) - MAY_BE_EMPTY:
+            assert prometheus.ask(metric) or prometheus.ask(f"{metric}_bucket"), metric
+
+
+@needs("prometheus")
+def test_plan_counts_what_prometheus_saw(prometheus: Prometheus) -> None:
+    eventually(lambda: bool(prometheus.ask('increase(multilora:requests_total{adapter="pirate"}[5m]) > 0')))
+    ended = run_cli("plan", "--from-metrics", prometheus.url, "--hours", "0.01", "--json")
+    assert ended.returncode == 0, ended.stderr
+    wanted = json.loads(ended.stdout)
+    assert wanted["window"] == 1
+    assert wanted["max_cpu_loras"] >= wanted["max_loras"] >= 2
