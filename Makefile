@@ -83,15 +83,15 @@ demo-secure: $(VENV)/.run ## two tenants, TLS and tokens: each sees its own; wha
 serve: $(VENV)/.run ## both services on their ports, adapters registered, until Ctrl-C
 	@$(BIN)/python deploy/demo.py serve $(SERVE_FLAGS)
 
-# Minutes each suite may take on two busy cores; on quiet ones all took 27 together, 25 are wanted.
+# Minutes each suite may take on two busy cores. Two tests at a time, as most wait for servers to start; parity computes.
 test: lint $(VENV)/.redis ## everything CI runs
 	timeout 5m $(MAKE) --no-print-directory k8s-check
-	timeout 5m $(RUN_TESTS) -q tests/deploy
-	timeout 15m $(RUN_TESTS) -q tests/adapter_store tests/contracts tests/common tests/fuzz tests/test_*.py
-	timeout 8m $(RUN_TESTS) -q tests/kernels
-	timeout 15m $(RUN_TESTS) -q tests/inference tests/cli
-	timeout 10m $(RUN_TESTS) -q tests/bench tests/integration
-	timeout 15m $(RUN_TESTS) -q tests/parity
+	timeout 5m $(RUN_TESTS) -q -n 2 tests/deploy
+	timeout 12m $(RUN_TESTS) -q -n 2 tests/adapter_store tests/contracts tests/common tests/fuzz tests/test_*.py
+	timeout 8m $(RUN_TESTS) -q -n 2 tests/kernels
+	timeout 12m $(RUN_TESTS) -q -n 2 tests/inference tests/cli
+	timeout 8m $(RUN_TESTS) -q -n 2 tests/bench tests/integration
+	timeout 12m $(RUN_TESTS) -q tests/parity
 
 test-asan: $(VENV)/.dev ## the compiled CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m tests.kernels.sanitize

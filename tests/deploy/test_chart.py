@@ -17,23 +17,18 @@ Helm = Callable[..., subprocess.CompletedProcess[str]]
 Render = Callable[..., Documents]
 
 ALL_VALUES = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
-LATER = (
-    "--tls-",
-    "--tokens",
-    "--audit-log",
-    "--adapter-store-token",
-    "--adapter-store-ca",
-)
-"""Flags of authentication: values ask for them, and the CPU trial does not."""
 
 
 @pytest.mark.parametrize("values", ALL_VALUES)
-def test_the_services_take_the_flags_they_are_started_with(values: str, rendered: Render) -> None:
+def test_the_services_take_the_flags_they_are_started_with(
+    values: str, rendered: Render, monkeypatch: pytest.MonkeyPatch
+) -> None:
     documents = rendered(values=values)
-    store = [flag for flag in container(documents, "store")["args"] if not flag.startswith(LATER)]
-    inference = [flag for flag in container(documents, "inference")["args"] if not flag.startswith(LATER)]
-    assert parse_arguments(store).port == 50052
-    assert _parser().parse_args(inference).adapter_store == "multilora-store:50052"
+    store, inference = container(documents, "store"), container(documents, "inference")
+    for variable in store.get("env", []):
+        monkeypatch.setenv(variable["name"], variable["value"])
+    assert parse_arguments(store["args"]).port == 50052
+    assert _parser().parse_args(inference["args"]).adapter_store == "multilora-store:50052"
 
 
 def test_the_schema_knows_no_flag_that_the_services_do_not() -> None:

@@ -52,7 +52,9 @@ def workplace(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             yield os.environ | {
                 "HOME": str(root),
                 "MULTILORA_SERVER": server.address,
+                "MULTILORA_SERVER_ADMIN": server.admin,
                 "MULTILORA_STORE": store.address,
+                "MULTILORA_STORE_ADMIN": store.address,
                 "PATH": f"{root}/bin:{os.environ['PATH']}",
                 "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "protos"))),
             }

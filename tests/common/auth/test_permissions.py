@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from multilora.adapter_store.v1 import admin_pb2, store_pb2
 from multilora.inference.v1 import control_pb2, inference_pb2
 from services.common.auth.permissions import RULES, Role, Rule, may
+from services.common.call_metrics import CallCounts
 from services.common.errors import MultiloraError
 from services.common.rpc import from_rpc_error
 from services.inference.http.app import create_app
@@ -30,7 +31,7 @@ CALLERS = [(tenant, role) for tenant in ("acme", "ops") for role in Role if (ten
 
 
 def routes() -> set[str]:
-    app = create_app(cast(Any, None), cast(Any, None))
+    app = create_app(cast(Any, None), cast(Any, None), CallCounts())
     found = [(method, cast(Any, route).path) for route in app.routes for method in cast(Any, route).methods]
     return {f"{method} {path}" for method, path in found if method != "HEAD"}
 
