@@ -53,7 +53,8 @@ def upload(store: AdapterStore, adapter: Adapter, name: AdapterName = NAME) -> R
 @pytest.fixture
 def limited(tmp_path: Path) -> Iterator[tuple[Client, Path, int]]:
     data = tmp_path / "data"
-    command = [sys.executable, "-c", LIMITED, str(256 << 10), "--port", "0", "--data-dir", str(data)]
+    flags = ["--port", "0", "--admin-port", "-1", "--data-dir", str(data)]
+    command = [sys.executable, "-c", LIMITED, str(256 << 10), *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         client = Client(process.stdout.readline().split()[-1])
@@ -257,7 +258,8 @@ def test_a_gigabyte_registers_in_little_memory(tmp_path: Path) -> None:
         for _ in range(end // len(ones)):
             file.write(ones)
 
-    command = [sys.executable, "-m", "services.adapter_store", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    flags = ["--port", "0", "--admin-port", "-1", "--data-dir", str(tmp_path / "data")]
+    command = [sys.executable, "-m", "services.adapter_store", *flags]
     with subprocess.Popen([*command, "--uri-root", str(root)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         client = Client(process.stdout.readline().split()[-1])
