@@ -4,6 +4,18 @@ Imports torch and (lazily) triton, nothing else of this project.
 """
 
 from lora_kernels.dispatch import apply_lora
-from lora_kernels.layout import BASE_ROW, PAGE_ROWS, ActiveSet, LoraBatch, LoraWeights, PageTable
+from lora_kernels.errors import LoraInputError
+from lora_kernels.layout import PAGE_ROWS, ActiveSet, LoraBatch, LoraWeights, PageTable
+from lora_kernels.work_list import BASE_ROW, WorkList
 
-__all__ = ["BASE_ROW", "PAGE_ROWS", "ActiveSet", "LoraBatch", "LoraWeights", "PageTable", "apply_lora"]
+__all__ = [
+    "BASE_ROW",
+    "PAGE_ROWS",
+    "ActiveSet",
+    "LoraBatch",
+    "LoraInputError",
+    "LoraWeights",
+    "PageTable",
+    "WorkList",
+    "apply_lora",
+]

@@ -19,13 +19,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lora_kernels.row_tiles import RowTiles, build_row_tiles
+from lora_kernels.work_list import BASE_ROW, WorkList
 
 PAGE_ROWS = 16
 """Rank rows in a page: the smallest tile a tensor core multiplies, so a rank costs at most 15 rows of padding."""
-
-BASE_ROW = -1
-"""The slot of a row that asks for the base model alone."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -126,27 +123,27 @@ class ActiveSet:
         return self._rank_rows[group]
 
     @cached_property
-    def slot_ids(self) -> Tensor:
-        """`slots` as [slots] int32 beside the page tables."""
-        device = next(iter(self.tables.values())).table.device
-        return torch.tensor(self.slots, dtype=torch.int32, device=device)
+    def pages_of_slot(self) -> list[int]:
+        """[slots of the pool], each active slot's pages in its widest slice of any group; 0 for the others."""
+        pages = [0] * max(len(of_slot) for table in self.tables.values() for of_slot in table.pages)
+        for slot in self.slots:
+            pages[slot] = max(len(of_slot[slot]) for table in self.tables.values() for of_slot in table.pages)
+        return pages
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LoraBatch:
     """One forward pass: which slot each row of the batch uses.
 
     row_slots: [rows] int32, `BASE_ROW` for the base model
+    work: the kernels' work list, where it lies in fixed buffers; else the first layer that asks makes the batch's own,
+        shared by all the others
     """
 
     row_slots: Tensor
     active: ActiveSet
+    work: WorkList | None = None
     _foreign: dict[str, Tensor] = field(default_factory=dict, init=False)
-
-    @cached_property
-    def tiles(self) -> RowTiles:
-        """The kernels' work list: built by the first layer that asks, shared by all the others."""
-        return build_row_tiles(self.row_slots, self.active.slot_ids)
 
     @cached_property
     def segments(self) -> list[tuple[int, int, int]]:

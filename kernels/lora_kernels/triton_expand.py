@@ -38,9 +38,8 @@ def expand_kernel(
     b1,
     b2,
     order,
-    tile_slots,
-    tile_starts,
-    tile_ends,
+    tiles,
+    counts,
     page_table,
     ranks,
     scales,
@@ -52,22 +51,23 @@ def expand_kernel(
     max_pages,
     rank_columns,
     part_stride,
+    tile_capacity,
     SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of rows x one block of output columns, of one slice.
+    """Tiles of rows, one after another; one block of output columns, of one slice.
 
     Semantics:
-        for position p of the tile, its row i = order[p] and slot s, each column n of the block in slice t:
+        for each tile, position p of it, its row i = order[p] and slot s, each column n of the block in slice t:
             y[i, n] += sum over ranks j < ranks[t, s], a page at a time, ascending:
                 scale[t, s] * shrunk[t, :, p, j].sum() * B[t, s][j, n]
         The parts of `shrunk` are added in ascending order, everything in float32, and y is rounded once.
         Rows of no tile, and the columns of slices their adapter lacks, are neither read nor written.
     Shape:
-        grid: (tiles, column blocks of all slices)
+        grid: (any, column blocks of all slices); program i of the first takes the tiles i, i + any, ... to the count
         y: [rows, out0 + out1 + out2], rows y_stride apart   fp32, fp16 or bf16
         b0, b1, b2: [pool rows, out]                         as y; a group with fewer slices has out = 0
         scales: [slices, slots] float32; shrunk and the rest as `shrink_kernel` has them
@@ -76,12 +76,7 @@ def expand_kernel(
         bytes: r * out * b of B, once; 2 * 16 * out * b of y; 64 * r * SPLITS of `shrunk` a block, from L2.
         FLOPs: 2 * 16 * 16 * ceil(r / 16) * out.
     """
-    tile = tl.program_id(0)
     block = tl.program_id(1)
-    slot = tl.load(tile_slots + tile)
-    if slot < 0:
-        return
-
     # Which slice the block lies in: its B, its width, and how many blocks and columns lie before it.
     blocks0 = (out0 + BLOCK_N - 1) // BLOCK_N
     blocks1 = (out1 + BLOCK_N - 1) // BLOCK_N
@@ -92,37 +87,38 @@ def expand_kernel(
     else:
         slice_index, b, out, first_block, first_column = 2, b2, out2, blocks0 + blocks1, out0 + out1
 
-    slice_slot = slice_index * slots + slot
-    rank = tl.load(ranks + slice_slot)
-    if rank == 0:
-        return
-
-    scale = tl.load(scales + slice_slot)
-    position = tl.load(tile_starts + tile) + tl.arange(0, TILE_ROWS)
-    in_tile = position < tl.load(tile_ends + tile)
     column = (block - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_slice = column < out
     lane = tl.arange(0, PAGE_ROWS)
     first_part = shrunk + slice_index * SPLITS * tl.cast(part_stride, tl.int64)
 
-    total = tl.full((TILE_ROWS, BLOCK_N), 0.0, tl.float32)
-    for page in range((rank + PAGE_ROWS - 1) // PAGE_ROWS):
-        rank_row = page * PAGE_ROWS + lane
-        in_rank = rank_row < rank
-        place = position[:, None].to(tl.int64) * rank_columns + rank_row[None, :]
-        written = in_tile[:, None] & in_rank[None, :]
-        ranks_of_row = tl.load(first_part + place, mask=written, other=0.0)
-        for part in tl.static_range(1, SPLITS):
-            ranks_of_row += tl.load(first_part + part * tl.cast(part_stride, tl.int64) + place, mask=written, other=0.0)
-        pool_page = tl.load(page_table + slice_slot * max_pages + page).to(tl.int64)
-        pool_row = pool_page * PAGE_ROWS + lane
-        b_block = tl.load(
-            b + pool_row[:, None] * out + column[None, :], mask=in_rank[:, None] & in_slice[None, :], other=0.0
-        )
-        total = tl.dot(ranks_of_row * scale, b_block.to(tl.float32), total, input_precision=PRECISION)
+    for tile in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
+        slice_slot = slice_index * slots + tl.load(tiles + tile)
+        rank = tl.load(ranks + slice_slot)
+        if rank > 0:
+            scale = tl.load(scales + slice_slot)
+            position = tl.load(tiles + tile_capacity + tile) + tl.arange(0, TILE_ROWS)
+            in_tile = position < tl.load(tiles + 2 * tile_capacity + tile)
 
-    row = tl.load(order + position, mask=in_tile, other=0).to(tl.int64)
-    place = row[:, None] * y_stride + first_column + column[None, :]
-    inside = in_tile[:, None] & in_slice[None, :]
-    sums = tl.load(y + place, mask=inside, other=0.0).to(tl.float32) + total
-    tl.store(y + place, sums.to(y.dtype.element_ty), mask=inside)
+            total = tl.full((TILE_ROWS, BLOCK_N), 0.0, tl.float32)
+            for page in range((rank + PAGE_ROWS - 1) // PAGE_ROWS):
+                rank_row = page * PAGE_ROWS + lane
+                in_rank = rank_row < rank
+                place = position[:, None].to(tl.int64) * rank_columns + rank_row[None, :]
+                written = in_tile[:, None] & in_rank[None, :]
+                ranks_of_row = tl.load(first_part + place, mask=written, other=0.0)
+                for part in tl.static_range(1, SPLITS):
+                    part_start = part * tl.cast(part_stride, tl.int64)
+                    ranks_of_row += tl.load(first_part + part_start + place, mask=written, other=0.0)
+                pool_page = tl.load(page_table + slice_slot * max_pages + page).to(tl.int64)
+                pool_row = pool_page * PAGE_ROWS + lane
+                b_block = tl.load(
+                    b + pool_row[:, None] * out + column[None, :], mask=in_rank[:, None] & in_slice[None, :], other=0.0
+                )
+                total = tl.dot(ranks_of_row * scale, b_block.to(tl.float32), total, input_precision=PRECISION)
+
+            row = tl.load(order + position, mask=in_tile, other=0).to(tl.int64)
+            place = row[:, None] * y_stride + first_column + column[None, :]
+            inside = in_tile[:, None] & in_slice[None, :]
+            sums = tl.load(y + place, mask=inside, other=0.0).to(tl.float32) + total
+            tl.store(y + place, sums.to(y.dtype.element_ty), mask=inside)

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_BYTES = 256
-"""Input columns a step multiplies, in bytes of a row: two cache lines, so 128 columns of 16-bit values, and 8 KiB of
-x and A together. Twice that spills registers in float32. Otherwise reasoned, not yet measured."""
+BLOCK_COLUMNS = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
+"""Input columns a step multiplies: two cache lines of a row of 16-bit values, 8 KiB of x and A together; one line of
+float32, which spills registers on sm_80 at twice that. Otherwise reasoned, not yet measured."""
 
 SPLIT_COLUMNS = 1024
 MOST_SPLITS = 4
@@ -20,13 +20,13 @@ summed in up to four parts. A function of the layer alone, never of the batch. R
 
 LAUNCH = {"num_warps": 2, "num_stages": 4, "enable_fp_fusion": True}
 """Warps: a 16 x 16 result is two tensor core tiles wide; more would compute the same thing twice. Stages: three steps
-of loads in flight, 8 KiB of shared memory each, and one at work. Fusion: said outright, because Triton's default is
-about to change."""
+of loads in flight, up to 8 KiB of shared memory each, and one at work. Fusion: said outright, because Triton's default
+is about to change."""
 
 
 def block_k_of(dtype: torch.dtype) -> int:
     """Input columns a step multiplies."""
-    return BLOCK_BYTES // dtype.itemsize
+    return BLOCK_COLUMNS[dtype]
 
 
 def splits_of(width: int) -> int:
@@ -40,9 +40,9 @@ def shrink_kernel(
     a,
     shrunk,
     order,
-    tile_slots,
-    tile_starts,
-    tile_ends,
+    tiles,
+    items,
+    counts,
     page_table,
     ranks,
     width,
@@ -52,64 +52,65 @@ def shrink_kernel(
     max_pages,
     rank_columns,
     part_stride,
+    tile_capacity,
+    item_capacity,
     SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of rows x one page of ranks x one part of the input columns, of one slice.
+    """Tiles of rows x pages of ranks, one after another; one part of the input columns, of one slice.
 
     Semantics:
-        for position p of the tile, its row i = order[p] and slot s, each rank j < ranks[t, s] of the page:
+        for each item, position p of its tile, that row i = order[p] and slot s, each rank j < ranks[t, s] of its page:
             shrunk[t, part, p, j] = sum over the part's columns k, ascending:  x[i, k] * A[t, s][j, k]
         Nothing else of `shrunk` is written; the unscaled sum is float32.
     Shape:
-        grid: (tiles, most pages of an active adapter, slices * SPLITS)
+        grid: (any, slices * SPLITS); program i of the first takes the items i, i + any, ... to the count
         x: [rows, width], rows x_stride apart              fp32, fp16 or bf16
         a: [slices, pool_rows, width]                      as x
         shrunk: [slices, SPLITS, rows, rank_columns]       float32; part_stride = rows * rank_columns
-        order: [rows]   tile_slots, tile_starts, tile_ends: [tiles]   page_table: [slices, slots, max_pages]
+        order: [rows]   tiles, items, counts: see `WorkList`   page_table: [slices, slots, max_pages]
         ranks: [slices, slots]                             int32
     Cost, for a tile of adapter rank r in one slice, b bytes a value:
         bytes: r * width * b of A, once; 16 * width * b of x for every page, from L2 after the first; 64 * r * SPLITS
         written. FLOPs: 2 * 16 * width * 16 * ceil(r / 16).
     """
-    tile = tl.program_id(0)
-    page = tl.program_id(1)
-    slice_index = tl.program_id(2) // SPLITS
-    part = tl.program_id(2) % SPLITS
-    slot = tl.load(tile_slots + tile)
-    if slot < 0:
-        return
-    slice_slot = slice_index * slots + slot
-    rank = tl.load(ranks + slice_slot)
-    if page * PAGE_ROWS >= rank:
-        return
-
-    position = tl.load(tile_starts + tile) + tl.arange(0, TILE_ROWS)
-    in_tile = position < tl.load(tile_ends + tile)
-    row = tl.load(order + position, mask=in_tile, other=0).to(tl.int64)
+    slice_index = tl.program_id(1) // SPLITS
+    part = tl.program_id(1) % SPLITS
     lane = tl.arange(0, PAGE_ROWS)
-    rank_row = page * PAGE_ROWS + lane
-    in_rank = rank_row < rank
-    pool_page = tl.load(page_table + slice_slot * max_pages + page).to(tl.int64)
-    pool_row = slice_index.to(tl.int64) * pool_rows + pool_page * PAGE_ROWS + lane
-
     steps_of_part = (width + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     first_column = part * steps_of_part * BLOCK_K
-    total = tl.full((TILE_ROWS, PAGE_ROWS), 0.0, tl.float32)
-    for step in range(steps_of_part):
-        column = first_column + step * BLOCK_K + tl.arange(0, BLOCK_K)
-        in_width = column < width
-        x_block = tl.load(
-            x + row[:, None] * x_stride + column[None, :], mask=in_tile[:, None] & in_width[None, :], other=0.0
-        )
-        a_block = tl.load(
-            a + pool_row[None, :] * width + column[:, None], mask=in_rank[None, :] & in_width[:, None], other=0.0
-        )
-        # "ieee": float32 is not rounded to TF32; 16-bit products are exact in float32 either way.
-        total = tl.dot(x_block, a_block, total, input_precision="ieee")
-
     part_index = (slice_index * SPLITS + part).to(tl.int64)
-    place = part_index * part_stride + position[:, None].to(tl.int64) * rank_columns + rank_row[None, :]
-    tl.store(shrunk + place, total, mask=in_tile[:, None] & in_rank[None, :])
+
+    for item in range(tl.program_id(0), tl.load(counts + 1), tl.num_programs(0)):
+        tile = tl.load(items + item)
+        page = tl.load(items + item_capacity + item)
+        slice_slot = slice_index * slots + tl.load(tiles + tile)
+        rank = tl.load(ranks + slice_slot)
+        if page * PAGE_ROWS < rank:
+            position = tl.load(tiles + tile_capacity + tile) + tl.arange(0, TILE_ROWS)
+            in_tile = position < tl.load(tiles + 2 * tile_capacity + tile)
+            row = tl.load(order + position, mask=in_tile, other=0).to(tl.int64)
+            rank_row = page * PAGE_ROWS + lane
+            in_rank = rank_row < rank
+            pool_page = tl.load(page_table + slice_slot * max_pages + page).to(tl.int64)
+            pool_row = slice_index.to(tl.int64) * pool_rows + pool_page * PAGE_ROWS + lane
+
+            total = tl.full((TILE_ROWS, PAGE_ROWS), 0.0, tl.float32)
+            for step in range(steps_of_part):
+                column = first_column + step * BLOCK_K + tl.arange(0, BLOCK_K)
+                in_width = column < width
+                x_block = tl.load(
+                    x + row[:, None] * x_stride + column[None, :], mask=in_tile[:, None] & in_width[None, :], other=0.0
+                )
+                a_block = tl.load(
+                    a + pool_row[None, :] * width + column[:, None],
+                    mask=in_rank[None, :] & in_width[:, None],
+                    other=0.0,
+                )
+                # "ieee": float32 is not rounded to TF32; 16-bit products are exact in float32 either way.
+                total = tl.dot(x_block, a_block, total, input_precision="ieee")
+
+            place = part_index * part_stride + position[:, None].to(tl.int64) * rank_columns + rank_row[None, :]
+            tl.store(shrunk + place, total, mask=in_tile[:, None] & in_rank[None, :])

@@ -20,16 +20,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_kernels import PAGE_ROWS, triton_expand, triton_shrink
-from lora_kernels.row_tiles import TILE_ROWS
+from lora_kernels import PAGE_ROWS, triton_expand, triton_shrink, triton_work_list
+from lora_kernels.work_list import TILE_ROWS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TILES = {"SPLITS": triton_shrink.MOST_SPLITS, "TILE_ROWS": TILE_ROWS, "PAGE_ROWS": PAGE_ROWS}
 
 VALUE_POINTERS = {"x", "a", "y", "b0", "b1", "b2"}
 FLOAT32_POINTERS = {"shrunk", "scales"}
-INT32_POINTERS = {"order", "tile_slots", "tile_starts", "tile_ends", "page_table", "ranks"}
-COUNTS = {"slots", "max_pages"}
+INT32_POINTERS = {"packed", "order", "tiles", "items", "counts", "page_table", "ranks"}
+COUNTS = {"slots", "max_pages", "rows", "tile_capacity", "item_capacity"}
 """Integers of any value; all others are sizes and strides that a launch finds to be multiples of 16."""
 
 
@@ -92,6 +92,16 @@ def main(targets: list[str]) -> None:
                     triton_expand.LAUNCH,
                 ),
             }
+            if name == "fp32":
+                slots_block = 64
+                constants = {
+                    "TILE_ROWS": TILE_ROWS,
+                    "BLOCK": triton_work_list.BLOCK,
+                    "CHUNK": triton_work_list.chunk_of(slots_block),
+                    "SLOTS_BLOCK": slots_block,
+                }
+                kernel = triton_work_list.work_list_kernel
+                compiled["work_list"] = compile_kernel(kernel, name, target, constants, triton_work_list.LAUNCH)
             for kernel, binary in compiled.items():
                 print(json.dumps({"kernel": kernel, "dtype": name, "target": target, **resources(binary)}))
 

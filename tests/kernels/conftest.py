@@ -13,7 +13,7 @@ import pytest
 
 import lora_kernels
 
-TRITON_MODULES = ("lora_kernels.triton_shrink", "lora_kernels.triton_expand", "lora_kernels.triton_path")
+TRITON_MODULES = tuple(f"lora_kernels.triton_{name}" for name in ("shrink", "expand", "work_list", "path"))
 
 
 @pytest.fixture(scope="package")

@@ -121,6 +121,6 @@ def test_work_list_is_built_once_for_all_layers(apply: Apply) -> None:
     batch = first.batch(MIXED_ROWS)
     y, x = first.inputs(len(MIXED_ROWS))
     apply(y, x, first.weights, batch)
-    tiles = batch.tiles
+    work = batch.work
     apply(y, x, second.weights, batch)
-    assert batch.tiles is tiles
+    assert work is not None and batch.work is work
