@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+
+from services.common.handlers import wrapped
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -29,16 +31,11 @@ class CallCounts(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         _, service, name = handler_call_details.method.split("/")
-        sends = "stream" if handler.request_streaming else "unary"
-        gets = "stream" if handler.response_streaming else "unary"
-        method = getattr(handler, f"{sends}_{gets}")
 
         def ended(context: grpc.aio.ServicerContext[Any, Any], error: BaseException | None) -> None:
             self._handled[service, name, _code(context, error)] += 1
 
-        wrap: Callable[..., Any] = _streaming if inspect.isasyncgenfunction(method) else _unary
-        make = getattr(grpc, f"{sends}_{gets}_rpc_method_handler")
-        return make(wrap(method, ended), handler.request_deserializer, handler.response_serializer)
+        return wrapped(handler, partial(_unary, ended=ended), partial(_streaming, ended=ended))
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import logging
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -23,6 +23,7 @@ from services.common.auth.guard import AUTHORIZATION, Guard, host_of
 from services.common.auth.tls import Tls
 from services.common.call_metrics import CallCounts
 from services.common.errors import ERRORS_BY_CODE, Internal, MultiloraError, Unavailable
+from services.common.handlers import wrapped
 
 ERROR_DOMAIN = "multilora"
 MAX_MESSAGE_BYTES = 8 << 20
@@ -123,14 +124,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        sends = "stream" if handler.request_streaming else "unary"
-        gets = "stream" if handler.response_streaming else "unary"
-        make = getattr(grpc, f"{sends}_{gets}_rpc_method_handler")
-        method = getattr(handler, f"{sends}_{gets}")
-        # not by `gets`: grpcio's own health Watch is no generator, it writes to the context
-        wrap: Callable[[Any, Door], Any] = _streaming if inspect.isasyncgenfunction(method) else _unary
         door = _open_door if self._guard is None else _door(self._guard, handler_call_details)
-        return make(wrap(method, door), handler.request_deserializer, handler.response_serializer)
+        return wrapped(handler, partial(_unary, door=door), partial(_streaming, door=door))
 
 
 def _door(guard: Guard, details: grpc.HandlerCallDetails) -> Door:
