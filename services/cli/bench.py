@@ -186,13 +186,11 @@ def _fleet(where: Targets, adapters: int, ranks: Sequence[int]) -> list[str]:
     import grpc
 
     from services.bench.fleet import register_fleet
-    from services.common.auth.settings import admin_address
+    from services.cli.clients import store_admin_address
     from services.common.rpc import from_rpc_error
 
     try:
-        return asyncio.run(
-            register_fleet(where.store_admin or admin_address(where.store), where.server, adapters, ranks)
-        )
+        return asyncio.run(register_fleet(store_admin_address(where), where.server, adapters, ranks))
     except grpc.RpcError as error:
         raise from_rpc_error(error) from None
 

@@ -33,11 +33,16 @@ def control(targets: Targets) -> Iterator[AdapterControlServiceStub]:
         yield AdapterControlServiceStub(channel)
 
 
+def store_admin_address(targets: Targets) -> str:
+    return targets.store_admin or admin_address(targets.store)
+
+
 @contextlib.contextmanager
 def store_admin(targets: Targets) -> Iterator[AdminStub]:
     """The adapter store's administration."""
-    address = targets.store_admin or admin_address(targets.store)
-    with _channel(targets, address, "administration of the adapter store", "--store-admin") as channel:
+    with _channel(
+        targets, store_admin_address(targets), "administration of the adapter store", "--store-admin"
+    ) as channel:
         yield AdminStub(channel)
 
 
