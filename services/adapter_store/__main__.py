@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -14,7 +15,6 @@ from typing import NoReturn
 from services.adapter_store.backends import open_index, open_place, open_root
 from services.adapter_store.collection import DELETE_GRACE_SECONDS
 from services.adapter_store.config import DEFAULT_MAX_UPLOAD_BYTES, DEFAULT_PORT, S3_ADDRESSING, StoreConfig
-from services.adapter_store.metrics import metrics_served
 from services.adapter_store.server import make_server, make_servers, serving
 from services.adapter_store.store import AdapterStore
 from services.common.auth.settings import ADMIN_PORT_OFFSET, SAME_PORT, Security, admin_port
@@ -158,10 +158,13 @@ async def serve(config: StoreConfig) -> None:
     )
     store.heal()
     settle()
-    with metrics_served(config.host, config.metrics_port, store.catalog, server.calls) as metrics_port:
+    with contextlib.ExitStack() as opened:
+        if config.metrics_port is not None:
+            from services.adapter_store.metrics import metrics_served  # a tenth of the start, for those who ask
+
+            port = opened.enter_context(metrics_served(config.host, config.metrics_port, store.catalog, server.calls))
+            log.info("metrics on %s:%d", config.host, port)
         async with serving(server, store, admin=admin, stop_grace=STOP_GRACE_SECONDS):
-            if metrics_port is not None:
-                log.info("metrics on %s:%d", config.host, metrics_port)
             print(f"listening on {where}", flush=True)
             log.info("blobs and log in %s, index in %s", config.blobs_place, config.index_shown)
             await wait_for_signal()

@@ -34,11 +34,8 @@ class StoreCollector(Collector):
 
 
 @contextlib.contextmanager
-def metrics_served(host: str, port: int | None, catalog: Catalog, calls: CallCounts) -> Iterator[int | None]:
-    """Serve them while the context is open; the port, 0 being any free one, None serving none. Raises Unavailable."""
-    if port is None:
-        yield None
-        return
+def metrics_served(host: str, port: int, catalog: Catalog, calls: CallCounts) -> Iterator[int]:
+    """Serve them while the context is open; the port, 0 being any free one. Raises Unavailable."""
     registry = CollectorRegistry()
     registry.register(StoreCollector(catalog, calls))
     try:
