@@ -61,6 +61,7 @@ def importers(folder: str, package: str) -> list[str]:
 
 def test_kernels_import_numpy_torch_and_triton_only() -> None:
     assert offenders("kernels/lora_kernels", ("lora_kernels", "numpy", "torch", "triton")) == []
+    assert offenders("kernels/attention_kernels", ("attention_kernels", "torch", "triton")) == []
 
 
 def test_engine_imports_the_standard_library_and_config_only() -> None:
@@ -82,6 +83,7 @@ def test_only_the_edges_know_the_protos() -> None:
         ("services/common", "services.adapter_store"),
         ("services/cli", "services.inference"),
         ("services/adapter_store", "lora_kernels"),
+        ("services/adapter_store", "attention_kernels"),
         ("services/inference/adapters", "services.inference.serving"),
         ("services/inference/model", "multilora"),
     ],

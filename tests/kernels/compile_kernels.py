@@ -2,7 +2,7 @@
 
     python tests/kernels/compile_kernels.py sm_80 sm_90
 
-The constants are those `lora_kernels.triton_path` launches with. Triton's interpreter must be off.
+The constants are those that `triton_path` of either package launches with. Triton's interpreter must be off.
 """
 
 from __future__ import annotations
@@ -20,16 +20,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from attention_kernels import tile_tokens, triton_attention
+from attention_kernels.triton_path import constants_of
 from lora_kernels import PAGE_ROWS, triton_expand, triton_shrink, triton_work_list
 from lora_kernels.work_list import TILE_ROWS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TILES = {"SPLITS": triton_shrink.MOST_SPLITS, "TILE_ROWS": TILE_ROWS, "PAGE_ROWS": PAGE_ROWS}
 
-VALUE_POINTERS = {"x", "a", "y", "b0", "b1", "b2"}
-FLOAT32_POINTERS = {"shrunk", "scales"}
-INT32_POINTERS = {"packed", "order", "tiles", "items", "counts", "page_table", "ranks"}
-COUNTS = {"slots", "max_pages", "rows", "tile_capacity", "item_capacity"}
+HEAD_DIMS = (64, 128, 256)
+HEADS = (32, 8)
+"""Of queries and of keys, as Llama-3.1-8B has them."""
+
+VALUE_POINTERS = {"x", "a", "y", "b0", "b1", "b2", "q", "keys", "values", "out"}
+FLOAT32_POINTERS = {"shrunk", "scales", "sums", "stats"}
+INT32_POINTERS = {"packed", "order", "tiles", "items", "counts", "page_table", "ranks", "block_tables", "positions"}
+FLOATS = {"scale"}
+COUNTS = {
+    "slots",
+    "max_pages",
+    "rows",
+    "tile_capacity",
+    "item_capacity",
+    "table_stride",
+    "tile_count",
+    "parts",
+    "heads",
+}
 """Integers of any value; all others are sizes and strides that a launch finds to be multiples of 16."""
 
 
@@ -50,8 +67,8 @@ def compile_kernel(
         elif name in INT32_POINTERS:
             signature[name] = "*i32"
         else:
-            signature[name] = "i32"
-        if name not in COUNTS:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if name not in COUNTS | FLOATS:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, dict(constants), attributes)
     gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
@@ -71,6 +88,21 @@ def resources(compiled: Any) -> dict[str, int]:
         "spilled_bytes": found["STACK"] + found["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
     }
+
+
+def compile_attention(name: str, dtype: torch.dtype, target: str, head_dim: int) -> dict[str, Any]:
+    """bf16 alone: fp16 has the same resources, and float32, which spills, is what the interpreter tests."""
+    heads, kv_heads = HEADS
+    compiled = {}
+    for kernel, tokens in (("prefill", tile_tokens(heads, kv_heads)), ("decode", 1)):
+        constants = constants_of(head_dim, heads // kv_heads, tokens)
+        options = triton_attention.launch_of(constants["HEAD_BLOCK"], dtype.itemsize)
+        compiled[f"{kernel}_{head_dim}"] = compile_kernel(
+            triton_attention.attention_kernel, name, target, constants, options
+        )
+    parts = {key: constants[key] for key in ("HEAD_DIM", "HEAD_BLOCK", "PART_KEYS")}
+    compiled[f"combine_{head_dim}"] = compile_kernel(triton_attention.combine_kernel, name, target, parts, {})
+    return compiled
 
 
 def main(targets: list[str]) -> None:
@@ -102,6 +134,9 @@ def main(targets: list[str]) -> None:
                 }
                 kernel = triton_work_list.work_list_kernel
                 compiled["work_list"] = compile_kernel(kernel, name, target, constants, triton_work_list.LAUNCH)
+            if name == "bf16":
+                for head_dim in HEAD_DIMS:
+                    compiled |= compile_attention(name, dtype, target, head_dim)
             for kernel, binary in compiled.items():
                 print(json.dumps({"kernel": kernel, "dtype": name, "target": target, **resources(binary)}))
 

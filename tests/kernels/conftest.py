@@ -1,7 +1,8 @@
-"""The Triton path in Triton's interpreter, for machines without a GPU."""
+"""The Triton paths in Triton's interpreter, for machines without a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Iterator
@@ -11,30 +12,44 @@ from typing import Any
 import numpy as np
 import pytest
 
+import attention_kernels
 import lora_kernels
-
-TRITON_MODULES = tuple(f"lora_kernels.triton_{name}" for name in ("shrink", "expand", "work_list", "path"))
 
 
 @pytest.fixture(scope="package")
 def triton_path() -> Iterator[ModuleType]:
-    """`lora_kernels.triton_path` as the interpreter runs it, a copy that nothing else in this process imports.
+    """`lora_kernels.triton_path` as the interpreter runs it."""
+    with _interpreted(lora_kernels, "shrink", "expand", "work_list", "path") as path:
+        yield path
+
+
+@pytest.fixture(scope="package")
+def attention_path() -> Iterator[ModuleType]:
+    """`attention_kernels.triton_path` as the interpreter runs it."""
+    with _interpreted(attention_kernels, "attention", "path") as path:
+        yield path
+
+
+@contextlib.contextmanager
+def _interpreted(package: ModuleType, *parts: str) -> Iterator[ModuleType]:
+    """The package's `triton_path`, a copy that nothing else in this process imports.
 
     A kernel is interpreted or compiled for good at the moment it is decorated: so the switch is on for one fresh
     import, and then the modules are taken away again, for whoever imports the real ones. Triton itself is imported
     before: it loads more of itself later and insists on one mode. The kernels call none of its own jitted functions.
     """
     importlib.import_module("triton.language")
-    imported = {name: sys.modules.pop(name) for name in TRITON_MODULES if name in sys.modules}
-    attributes = {name: vars(lora_kernels).pop(name, None) for name in map(_last_part, TRITON_MODULES)}
+    names = [f"{package.__name__}.triton_{part}" for part in parts]
+    imported = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    attributes = {name: vars(package).pop(name, None) for name in map(_last_part, names)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        interpreted = importlib.import_module("lora_kernels.triton_path")
-    for name in TRITON_MODULES:
+        interpreted = importlib.import_module(f"{package.__name__}.triton_path")
+    for name in names:
         del sys.modules[name]
-        delattr(lora_kernels, _last_part(name))
+        delattr(package, _last_part(name))
     sys.modules.update(imported)
-    vars(lora_kernels).update({name: module for name, module in attributes.items() if module is not None})
+    vars(package).update({name: module for name, module in attributes.items() if module is not None})
     with pytest.MonkeyPatch.context() as patch:
         _mend_dot(patch)
         yield interpreted
