@@ -16,13 +16,15 @@ PART_KEYS = 512
 """Keys of a decode row that one program reads: a row of 8k tokens over 8 heads occupies 128 multiprocessors. Fixed, so
 that its sum has one order whoever shares its batch."""
 
+COMBINE_LAUNCH = {"num_warps": 1, "enable_fp_fusion": True}
+
 LOG2_E = 1.4426950408889634
 
 
 def launch_of(head_block: int, value_bytes: int) -> dict[str, int]:
     """Warps and stages for heads of so many values: wide ones leave shared memory and registers for one stage less."""
     wide = head_block * value_bytes > 256
-    return {"num_warps": 8 if head_block > 128 else 4, "num_stages": 1 if wide else 2}
+    return {"num_warps": 8 if head_block > 128 else 4, "num_stages": 1 if wide else 2, "enable_fp_fusion": True}
 
 
 @triton.jit

@@ -64,6 +64,7 @@ def paged_attention_triton(out: Tensor, q: Tensor, keys: Tensor, values: Tensor,
             HEAD_DIM=head_dim,
             HEAD_BLOCK=constants["HEAD_BLOCK"],
             PART_KEYS=triton_attention.PART_KEYS,
+            **triton_attention.COMBINE_LAUNCH,
         )
 
 

@@ -101,7 +101,9 @@ def compile_attention(name: str, dtype: torch.dtype, target: str, head_dim: int)
             triton_attention.attention_kernel, name, target, constants, options
         )
     parts = {key: constants[key] for key in ("HEAD_DIM", "HEAD_BLOCK", "PART_KEYS")}
-    compiled[f"combine_{head_dim}"] = compile_kernel(triton_attention.combine_kernel, name, target, parts, {})
+    compiled[f"combine_{head_dim}"] = compile_kernel(
+        triton_attention.combine_kernel, name, target, parts, triton_attention.COMBINE_LAUNCH
+    )
     return compiled
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_kernels import PAGE_ROWS, LoraWeights, PageTable
 from services.inference.adapters.packed_adapter import PackedAdapter
 from services.inference.model.lora import LINEAR_GROUPS, GroupShape
-from services.inference.model.memory import reserve
+from services.inference.model.memory import CPU, reserve
 
 
 @dataclass(eq=False)
@@ -49,7 +49,9 @@ class SlotPool:
         max_lora_rank: int,
         dtype: torch.dtype,
         max_resident: int = 0,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         self.num_slots = max_resident or max_loras
         self.max_lora_rank = max_lora_rank
         self.dtype = dtype
@@ -58,10 +60,10 @@ class SlotPool:
         self.tables = {group: self._table(len(LINEAR_GROUPS[group]), pages_per_slot) for group in shapes}
         slices = {group: len(shape.out_features) for group, shape in shapes.items()}
         self._ranks = {
-            group: torch.zeros((num_layers, count, self.num_slots), dtype=torch.int32)
+            group: torch.zeros((num_layers, count, self.num_slots), dtype=torch.int32, device=device)
             for group, count in slices.items()
         }
-        self._scales = {group: torch.zeros(ranks.shape, dtype=torch.float32) for group, ranks in self._ranks.items()}
+        self._scales = {group: torch.zeros_like(ranks, dtype=torch.float32) for group, ranks in self._ranks.items()}
         self.weights = [
             {group: self._weights(group, shape, layer) for group, shape in shapes.items()}
             for layer in range(num_layers)
@@ -149,7 +151,7 @@ class SlotPool:
 
     def _table(self, slices: int, pages_per_slot: int) -> PageTable:
         return PageTable(
-            table=torch.zeros((slices, self.num_slots, pages_per_slot), dtype=torch.int32),
+            table=torch.zeros((slices, self.num_slots, pages_per_slot), dtype=torch.int32, device=self.device),
             pages=[[() for _ in range(self.num_slots)] for _ in range(slices)],
             rows_per_slice=self._num_pages * PAGE_ROWS,
         )
@@ -158,8 +160,8 @@ class SlotPool:
         slices, rows = len(shape.out_features), self._num_pages * PAGE_ROWS
         return LoraWeights(
             group=group,
-            a=reserve((slices, rows, shape.in_features), self.dtype),
-            b=tuple(reserve((rows, out), self.dtype) for out in shape.out_features),
+            a=reserve((slices, rows, shape.in_features), self.dtype, self.device),
+            b=tuple(reserve((rows, out), self.dtype, self.device) for out in shape.out_features),
             ranks=self._ranks[group][layer],
             scales=self._scales[group][layer],
         )

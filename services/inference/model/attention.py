@@ -7,24 +7,43 @@ zero would carry into an answer. It is never read: a context is padded with its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.inference.model.memory import reserve
+from services.inference.model.memory import CPU, reserve
 
 
 class KVCache:
     """Keys and values of every layer: keys, values [layers, blocks * block_size, kv_heads, head_dim]."""
 
     def __init__(
-        self, num_layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
         shape = (num_layers, num_blocks * block_size, kv_heads, head_dim)
-        self.keys = reserve(shape, dtype)
-        self.values = reserve(shape, dtype)
+        self.keys = reserve(shape, dtype, device)
+        self.values = reserve(shape, dtype, device)
         self.block_size = block_size
+
+
+class Attention(Protocol):
+    """How the rows of a forward pass attend."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
+        """Write the new keys and values, then attend causally.
+
+        Shape:
+            q: [rows, heads, head_dim]   k, v: [rows, kv_heads, head_dim]   returns [rows, heads * head_dim]
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +60,7 @@ class PrefillSequence:
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """How the rows of a forward pass attend.
+    """Rows that attend by SDPA over gathered contexts.
 
     new_rows: [rows] int64, where in the cache each row's key and value go
     prefill: requests with more than one row
@@ -56,25 +75,19 @@ class AttentionBatch:
     decode_cache_rows: Tensor
     decode_visible: Tensor
 
-
-def paged_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, batch: AttentionBatch) -> Tensor:
-    """Write the new keys and values, then attend causally.
-
-    Shape:
-        q: [rows, heads, head_dim]   k, v: [rows, kv_heads, head_dim]   returns [rows, heads * head_dim]
-    """
-    keys, values = cache.keys[layer], cache.values[layer]
-    keys.index_copy_(0, batch.new_rows, k)
-    values.index_copy_(0, batch.new_rows, v)
-    if not batch.prefill:
-        return _decode(q, keys, values, batch).flatten(1)
-    out = torch.empty_like(q)
-    for sequence in batch.prefill:
-        rows, context = slice(sequence.start, sequence.end), sequence.cache_rows
-        out[rows] = _prefill(q[rows], keys.index_select(0, context), values.index_select(0, context))
-    if batch.decode_rows.numel():
-        out[batch.decode_rows] = _decode(q[batch.decode_rows], keys, values, batch)
-    return out.flatten(1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys.index_copy_(0, self.new_rows, k)
+        values.index_copy_(0, self.new_rows, v)
+        if not self.prefill:
+            return _decode(q, keys, values, self).flatten(1)
+        out = torch.empty_like(q)
+        for sequence in self.prefill:
+            rows, context = slice(sequence.start, sequence.end), sequence.cache_rows
+            out[rows] = _prefill(q[rows], keys.index_select(0, context), values.index_select(0, context))
+        if self.decode_rows.numel():
+            out[self.decode_rows] = _decode(q[self.decode_rows], keys, values, self)
+        return out.flatten(1)
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.inference.model.attention import AttentionBatch, KVCache, paged_attention
+from services.inference.model.attention import Attention, KVCache
 from services.inference.model.config import ModelConfig
 from services.inference.model.layers import RotaryEmbedding, rms_norm, rotate
 from services.inference.model.linear import Linear, Widener, widener_for
@@ -32,28 +32,28 @@ class DecoderLayer:
 class ForwardBatch:
     """One forward pass.
 
-    token_ids, positions: [rows] int64
+    token_ids, positions: [rows] integers
     attention: how rows attend
     sampled_rows: [n] int64, the rows whose logits are wanted
     """
 
     token_ids: Tensor
     positions: Tensor
-    attention: AttentionBatch
+    attention: Attention
     sampled_rows: Tensor
 
 
 class Decoder:
-    """Weights of the base model and the forward pass over them."""
+    """Weights of the base model, on the device where they are given, and the forward pass over them."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         self.config = config
         self._embedding = weights["model.embed_tokens.weight"]
-        widener = widener_for(config.dtype)
+        widener = None if self._embedding.is_cuda else widener_for(config.dtype)
         self._layers = [_layer(weights, f"model.layers.{index}.", widener) for index in range(config.num_layers)]
         self._norm = weights["model.norm.weight"]
         self._head = Linear(self._embedding if config.tie_word_embeddings else weights["lm_head.weight"], widener)
-        self._rotary = RotaryEmbedding(config)
+        self._rotary = RotaryEmbedding(config, self._embedding.device)
 
     def forward(self, batch: ForwardBatch, cache: KVCache, lora: Callable[[int], LoraLayer]) -> Tensor:
         """Logits [n, vocab] of the rows asked for, float32. `lora(layer)` gives that layer's adapters."""
@@ -80,7 +80,7 @@ class Decoder:
         heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         qkv = adapters.add("qkv", layer.qkv(x), x)
         q, k, v = torch.split(qkv.view(-1, heads + 2 * kv_heads, head_dim), [heads, kv_heads, kv_heads], dim=1)
-        out = paged_attention(rotate(q, *cos_sin), rotate(k, *cos_sin), v, cache, index, batch.attention)
+        out = batch.attention.attend(rotate(q, *cos_sin), rotate(k, *cos_sin), v, cache, index)
         return adapters.add("o", layer.o(out), out)
 
     def _mlp(self, x: Tensor, layer: DecoderLayer, adapters: LoraLayer) -> Tensor:

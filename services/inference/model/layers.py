@@ -20,12 +20,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class RotaryEmbedding:
     """Rotary positions in the halves-apart layout; cos and sin of every position, [max_model_len, head_dim]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
         frequencies = inverse_frequencies(config)
         angles = torch.outer(torch.arange(config.max_model_len).float(), frequencies)
         angles = torch.cat((angles, angles), dim=-1)
-        self._cos = angles.cos().to(config.dtype)
-        self._sin = angles.sin().to(config.dtype)
+        self._cos = angles.cos().to(device, config.dtype)
+        self._sin = angles.sin().to(device, config.dtype)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for a batch: each [rows, 1, head_dim]."""

@@ -20,6 +20,23 @@ from services.inference.model.sampler import Sampler
 Indices = NDArray[np.int64]
 
 
+class ActiveSlots:
+    """The slots of a step; the set is rebuilt only when they, or what lies in them, changed since the last one."""
+
+    def __init__(self, pool: SlotPool) -> None:
+        self._pool = pool
+        self._active = ActiveSet.build((), pool.tables)
+        self._contents: tuple[tuple[int, int], ...] = ()
+
+    def of(self, step: Sequence[ScheduledRequest]) -> ActiveSet:
+        slots = sorted({scheduled.slot for scheduled in step if scheduled.slot is not None})
+        contents = tuple((slot, self._pool.generation(slot)) for slot in slots)
+        if contents != self._contents:
+            self._active = ActiveSet.build(slots, self._pool.tables)
+            self._contents = contents
+        return self._active
+
+
 class ModelRunner:
     """The torch path: correct everywhere, and the reference for faster ones behind the same interface."""
 
@@ -28,13 +45,12 @@ class ModelRunner:
         self._cache = cache
         self._pool = pool
         self._sampler = sampler
-        self._active = ActiveSet.build((), pool.tables)
-        self._active_contents: tuple[tuple[int, int], ...] = ()
+        self._active = ActiveSlots(pool)
 
     @torch.inference_mode()
     def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
         """Compute one step; an entry per request, None for one that does not sample in it."""
-        lora = LoraBatch(row_slots=_row_slots(step), active=self._active_set(step))
+        lora = LoraBatch(row_slots=_row_slots(step), active=self._active.of(step))
         logits = self._decoder.forward(
             self._forward_batch(step), self._cache, lambda layer: LoraLayer(self._pool.weights[layer], lora)
         )
@@ -71,15 +87,6 @@ class ModelRunner:
             row[: len(held)] = held
         rows = (blocks[:, :, None] * size + np.arange(size)).reshape(len(step), -1)[:, :longest]
         return np.where(np.arange(longest) < contexts[:, None], rows, rows[:, :1])
-
-    def _active_set(self, step: Sequence[ScheduledRequest]) -> ActiveSet:
-        """The slots of this step; rebuilt only when they, or what lies in them, changed since the last one."""
-        slots = sorted({scheduled.slot for scheduled in step if scheduled.slot is not None})
-        contents = tuple((slot, self._pool.generation(slot)) for slot in slots)
-        if contents != self._active_contents:
-            self._active = ActiveSet.build(slots, self._pool.tables)
-            self._active_contents = contents
-        return self._active
 
 
 def _attention_batch(counts: Indices, contexts: Indices, cache_rows: Indices, new_rows: Indices) -> AttentionBatch:

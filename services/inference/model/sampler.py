@@ -54,7 +54,7 @@ class Sampler:
         known = greedy or GreedyRows(rows.argmax(axis=-1).tolist(), np.isfinite(rows).all(axis=-1).tolist())
         self._penalties.follow(requests)
         return [
-            self._sample_row(row, request, token) if finite else SampledToken(error=_non_finite(request))
+            self._sample_row(row, request, token) if finite else SampledToken(error=non_finite(request))
             for row, request, token, finite in zip(rows, requests, known.token_ids, known.finite, strict=True)
         ]
 
@@ -72,7 +72,8 @@ class Sampler:
         return SampledToken(token, _logprobs(logits, token, sampling.logprobs))
 
 
-def _non_finite(request: Request) -> MultiloraError:
+def non_finite(request: Request) -> MultiloraError:
+    """What a request ends with whose logits hold an inf or NaN."""
     if request.adapter is None:
         return Internal("NON_FINITE_LOGITS", "the base model produced values that are not finite for this prompt")
     name = f"{request.adapter.name}@{request.adapter.version}"

@@ -1,0 +1,33 @@
+"""What a step tells the device: integers, in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int32]
+
+
+class DeviceInts:
+    """Named int32 arrays side by side, of fixed addresses on host and device; they start as zeros.
+
+    host, device: each array by name, here to be written and there to be read
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+        sizes = [int(np.prod(shape)) for shape in shapes.values()]
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.host: dict[str, Ints] = {}
+        self.device: dict[str, Tensor] = {}
+        halves = zip(torch.split(self._host, sizes), torch.split(self._device, sizes), strict=True)
+        for (name, shape), (here, there) in zip(shapes.items(), halves, strict=True):
+            self.host[name], self.device[name] = here.view(shape).numpy(), there.view(shape)
+
+    def send(self) -> None:
+        """Copy all of them, without waiting. What was sent before must have been read."""
+        self._device.copy_(self._host, non_blocking=True)

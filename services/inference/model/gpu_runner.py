@@ -1,0 +1,235 @@
+"""Runs one engine step on a GPU: decode in CUDA graphs by bucket, prefill eager, and the host waits once, for tokens.
+
+With the graphs off, every line of it runs on a CPU too.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attention_kernels import PagedRows, cut_into_tiles, paged_attention, tile_tokens
+from lora_kernels import BASE_ROW, ActiveSet, LoraBatch, WorkList
+from services.inference.adapters.slot_pool import SlotPool, pages_for
+from services.inference.engine.interfaces import SampledToken, ScheduledRequest
+from services.inference.model.attention import KVCache
+from services.inference.model.decoder import Decoder, ForwardBatch
+from services.inference.model.device_ints import DeviceInts
+from services.inference.model.device_sampler import DeviceSampler
+from services.inference.model.lora import LoraLayer
+from services.inference.model.runner import ActiveSlots
+from services.inference.model.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+
+class StepLogits(NamedTuple):
+    """Of the rows asked for. greedy: [2, n] int64, the largest logit's token, and 1 where all logits are finite"""
+
+    logits: Tensor
+    greedy: Tensor
+
+
+Forward = Callable[[], StepLogits]
+Capture = Callable[[Forward], Forward]
+"""Records a forward pass; what it returns replays it, into the same memory each time."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StepBuffers:
+    """A step's integers and its work list; for a decode bucket they are fixed, and padded with rows of token 0 at
+    position 0 in the null block, which are all alike."""
+
+    ints: DeviceInts
+    work: WorkList
+    parts: tuple[PagedRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedAttention:
+    """Rows that attend over block tables, wherever they are.
+
+    new_rows: [rows] int64, where in the cache each row's key and value go
+    parts: the rows, each in one of them
+    """
+
+    new_rows: Tensor
+    parts: tuple[PagedRows, ...]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys.index_copy_(0, self.new_rows, k)
+        values.index_copy_(0, self.new_rows, v)
+        out = torch.empty_like(q)
+        for part in self.parts:
+            paged_attention(out, q, keys, values, part)
+        return out.flatten(1)
+
+
+class GpuRunner:
+    """Decode is padded to a bucket; a step with any prompt in it has buffers of its own.
+
+    max_num_seqs: most requests of a decode step
+    capture: None runs decode eagerly too
+    capture_failures: graphs that could not be had; those steps run eagerly
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        pool: SlotPool,
+        sampler: Sampler,
+        *,
+        max_num_seqs: int,
+        capture: Capture | None,
+    ) -> None:
+        self._decoder, self._cache, self._pool = decoder, cache, pool
+        self._sampler = DeviceSampler(sampler)
+        self._device = cache.keys.device
+        self._table_blocks = -(-decoder.config.max_model_len // cache.block_size)
+        self._active = ActiveSlots(pool)
+        self._buckets = {rows: self._decode_buffers(rows) for rows in decode_buckets(max_num_seqs)}
+        self._graphs: dict[tuple[int, bool], Forward] = {}
+        self.capture_failures = 0
+        if capture is not None:
+            self._capture(capture)
+
+    @torch.inference_mode()
+    def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
+        """Compute one step; an entry per request, None for one that does not sample in it."""
+        decodes = all(scheduled.samples and scheduled.num_tokens == 1 for scheduled in step)
+        computed = self._decode(step) if decodes and len(step) <= max(self._buckets) else self._prefill(step)
+        requests = [scheduled.request for scheduled in step if scheduled.samples]
+        sampled = iter(self._sampler.sample(computed.logits, computed.greedy, requests) if requests else [])
+        return [next(sampled) if scheduled.samples else None for scheduled in step]
+
+    def _decode(self, step: Sequence[ScheduledRequest]) -> StepLogits:
+        bucket = next(rows for rows in self._buckets if rows >= len(step))
+        buffers, active = self._buckets[bucket], self._active.of(step)
+        self._send(buffers, step, active)
+        graph = self._graphs.get((bucket, bool(active.slots)))
+        return self._forward(buffers, active) if graph is None else graph()
+
+    def _prefill(self, step: Sequence[ScheduledRequest]) -> StepLogits:
+        """Any step, in buffers of its own: requests with one row decode as always, the others in tiles."""
+        ends = np.cumsum([scheduled.num_tokens for scheduled in step]).tolist()
+        spans = [(index, end - step[index].num_tokens, end) for index, end in enumerate(ends)]
+        tokens = tile_tokens(self._decoder.config.num_heads, self._decoder.config.num_kv_heads)
+        tiles = {
+            tokens: cut_into_tiles([span for span in spans if span[2] - span[1] > 1], tokens),
+            1: cut_into_tiles([span for span in spans if span[2] - span[1] == 1], 1),
+        }
+        sampled = [end - 1 for end, scheduled in zip(ends, step, strict=True) if scheduled.samples]
+        buffers = self._buffers(ends[-1], len(step), tiles, sampled)
+        active = self._active.of(step)
+        self._send(buffers, step, active)
+        return self._forward(buffers, active)
+
+    def _forward(self, buffers: StepBuffers, active: ActiveSet) -> StepLogits:
+        work = buffers.work
+        if active.slots and self._device.type == "cuda":
+            from lora_kernels.triton_work_list import build_work_list
+
+            build_work_list(work)
+        lora = LoraBatch(work.packed[: work.rows], active, work)
+        ints = buffers.ints.device
+        attention = PagedAttention(ints["new_rows"].long(), buffers.parts)
+        batch = ForwardBatch(ints["token_ids"], ints["positions"], attention, ints["sampled"])
+        logits = self._decoder.forward(batch, self._cache, lambda layer: LoraLayer(self._pool.weights[layer], lora))
+        return StepLogits(logits, torch.stack([logits.argmax(-1), logits.isfinite().all(-1).long()]))
+
+    def _decode_buffers(self, rows: int) -> StepBuffers:
+        one_each = cut_into_tiles([(row, row, row + 1) for row in range(rows)], 1)
+        return self._buffers(rows, rows, {1: one_each}, list(range(rows)))
+
+    def _buffers(self, rows: int, sequences: int, tiles: dict[int, Tensor], sampled: list[int]) -> StepBuffers:
+        """tiles: by the rows that one may have"""
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "new_rows"), (rows,))
+        shapes |= {"block_tables": (sequences, self._table_blocks), "sampled": (len(sampled),)}
+        shapes |= {f"tiles_{tokens}": tuple(cut.shape) for tokens, cut in tiles.items()}
+        ints = DeviceInts(shapes, self._device)
+        ints.host["sampled"][:] = sampled
+        for tokens, cut in tiles.items():
+            ints.host[f"tiles_{tokens}"][:] = cut.numpy()
+        tables, positions, size = ints.device["block_tables"], ints.device["positions"], self._cache.block_size
+        parts = tuple(PagedRows(tables, positions, ints.device[f"tiles_{tokens}"], tokens, size) for tokens in tiles)
+        pages = pages_for(self._pool.max_lora_rank)
+        work = WorkList.allocate(rows, self._pool.num_slots, pages, self._device)
+        return StepBuffers(ints, work, parts)
+
+    def _send(self, buffers: StepBuffers, step: Sequence[ScheduledRequest], active: ActiveSet) -> None:
+        """Fill the buffers with a step, padding behind it, and send it up: one copy, and one for adapters."""
+        here, size = buffers.ints.host, self._cache.block_size
+        for name in ("token_ids", "positions", "new_rows"):
+            here[name][:] = 0
+        row, slots = 0, list[int]()
+        for index, scheduled in enumerate(step):
+            request, count = scheduled.request, scheduled.num_tokens
+            start = request.num_computed_tokens
+            blocks = request.block_ids
+            here["block_tables"][index, : len(blocks)] = blocks
+            positions = np.arange(start, start + count)
+            rows = slice(row, row + count)
+            here["token_ids"][rows] = request.token_ids[start : start + count]
+            here["positions"][rows] = positions
+            here["new_rows"][rows] = here["block_tables"][index, positions // size] * size + positions % size
+            slots += [BASE_ROW if scheduled.slot is None else scheduled.slot] * count
+            row += count
+        here["block_tables"][len(step) :, 0] = 0
+        buffers.ints.send()
+        fits = buffers.work.stage(slots, active.pages_of_slot)
+        assert fits, "a work list has room for every step of its rows"
+
+    def _capture(self, capture: Capture) -> None:
+        """A graph for each bucket with adapters, whichever they are, and one without. One that fails runs eagerly."""
+        some, none = (ActiveSet.build(slots, self._pool.tables) for slots in ((0,), ()))
+        for rows, buffers in reversed(self._buckets.items()):  # the largest first: the others fit in its memory
+            buffers.work.stage([], none.pages_of_slot)
+            for active in (some, none):
+                try:
+                    with torch.inference_mode():
+                        graph = capture(functools.partial(self._forward, buffers, active))
+                except RuntimeError as error:
+                    if not self.capture_failures:
+                        log.warning("decode of %d requests runs without a CUDA graph, slower: %s", rows, error)
+                    self.capture_failures += 1
+                else:
+                    self._graphs[rows, bool(active.slots)] = graph
+        log.info("%d CUDA graphs captured, %d failed", len(self._graphs), self.capture_failures)
+
+
+def decode_buckets(most: int) -> list[int]:
+    """Rows of decode steps that have buffers of their own: a step is padded by less than a half, later an eighth."""
+    return sorted({rows for rows in (1, 2, 4, *range(8, 64, 8), *range(64, most, 16)) if rows < most} | {most})
+
+
+def cuda_graphs() -> Capture:
+    """Captures into CUDA graphs that share their memory: one runs at a time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(forward: Forward) -> Forward:
+        # Once before, on a stream of its own: kernels are compiled and workspaces made outside of the graph.
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            forward()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            computed = forward()
+
+        def replay() -> StepLogits:
+            graph.replay()
+            return computed
+
+        return replay
+
+    return capture

@@ -1,0 +1,213 @@
+"""The GPU's runner on a CPU, graphs off: buckets, fixed buffers and padding give the torch runner's tokens."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.common.errors import MultiloraError
+from services.common.profile import linear_shapes
+from services.inference.adapters.packed_adapter import BaseModelShapes
+from services.inference.adapters.slot_pool import SlotPool
+from services.inference.engine.interfaces import Runner, SampledToken, ScheduledRequest
+from services.inference.engine.request import Request, SamplingParams, StoppingParams
+from services.inference.model.attention import KVCache
+from services.inference.model.config import ModelConfig, load_config
+from services.inference.model.decoder import Decoder
+from services.inference.model.gpu_runner import Capture, Forward, GpuRunner, StepLogits, decode_buckets
+from services.inference.model.lora import group_shapes
+from services.inference.model.runner import ModelRunner
+from services.inference.model.sampler import Sampler
+from services.inference.model.weights import load_weights
+from tests.inference.adapters.packs import make_pack
+
+BLOCK_SIZE, BLOCKS_EACH, MAX_LEN = 16, 4, 64
+MOST = 6
+SLOTS = (None, 0, 1, 2, None, 0, 1, 2)
+PROMPTS = [[3 + (7 * index * (seed + 1)) % 500 for index in range(5 + 4 * seed)] for seed in range(len(SLOTS))]
+
+
+@dataclass
+class Model:
+    """Two runners' shared base and adapters; each runner has a cache of its own."""
+
+    config: ModelConfig
+    decoder: Decoder
+    pool: SlotPool
+
+    def cache(self) -> KVCache:
+        config = self.config
+        blocks = 1 + BLOCKS_EACH * len(SLOTS)
+        return KVCache(config.num_layers, blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim, config.dtype)
+
+    def torch_runner(self) -> Runner:
+        return ModelRunner(self.decoder, self.cache(), self.pool, Sampler())
+
+    def gpu_runner(self, capture: Capture | None = None) -> GpuRunner:
+        return GpuRunner(self.decoder, self.cache(), self.pool, Sampler(), max_num_seqs=MOST, capture=capture)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    config = load_config(tiny_model, max_model_len=MAX_LEN)
+    pool = SlotPool(group_shapes(config), config.num_layers, 3, 32, config.dtype)
+    hf_config = json.loads((tiny_model / "config.json").read_text())
+    base = BaseModelShapes(linear_shapes(hf_config), 32, config.dtype)
+    directory = tmp_path_factory.mktemp("adapters")
+    for name, rank in (("one", 5), ("two", 16), ("three", 32)):
+        pool.load(make_pack(directory, name, config=hf_config, r=rank, seed=rank, std=0.08).adapter(base))
+    return Model(config, Decoder(config, load_weights(tiny_model, config)), pool)
+
+
+class Requests:
+    """Requests as an engine would hold them, computed by one runner."""
+
+    def __init__(self, runner: Runner, sampling: Callable[[int], SamplingParams] = lambda _: SamplingParams()) -> None:
+        self._runner = runner
+        self.all = [
+            Request(str(index), list(prompt), sampling(index), StoppingParams(max_tokens=40))
+            for index, prompt in enumerate(PROMPTS)
+        ]
+        for index, request in enumerate(self.all):
+            request.block_ids = list(range(1 + index * BLOCKS_EACH, 1 + (index + 1) * BLOCKS_EACH))
+
+    def step(self, shares: Sequence[tuple[int, int]]) -> list[SampledToken | None]:
+        """shares: (request, most tokens of it)"""
+        step = [
+            ScheduledRequest(self.all[index], min(most, self.all[index].num_uncomputed_tokens), SLOTS[index])
+            for index, most in shares
+        ]
+        tokens = self._runner.run(step)
+        for scheduled, token in zip(step, tokens, strict=True):
+            assert (token is not None) == scheduled.samples
+            scheduled.request.num_computed_tokens += scheduled.num_tokens
+            if token is not None:
+                scheduled.request.token_ids.append(token.token_id)
+        return tokens
+
+
+def said(tokens: Sequence[SampledToken | None]) -> list[tuple[int, tuple[int, ...]] | None]:
+    """Each token, and the best ones where they were asked for; sums of two runners differ in their last bits."""
+    return [token and (token.token_id, token.logprobs.top_ids if token.logprobs else ()) for token in tokens]
+
+
+SHARE = st.tuples(st.integers(0, len(SLOTS) - 1), st.integers(1, 40))
+SHARES = st.lists(st.lists(SHARE, min_size=1, unique_by=lambda share: share[0]), min_size=1, max_size=8)
+
+
+@given(steps=SHARES)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_steps_give_the_torch_runners_tokens(model: Model, steps: list[list[tuple[int, int]]]) -> None:
+    """Chunks of prompts, decode and both at once; adapters in any mix; more requests than the largest bucket."""
+    ours, theirs = Requests(model.gpu_runner()), Requests(model.torch_runner())
+    for shares in steps:
+        assert said(ours.step(shares)) == said(theirs.step(shares))
+
+
+def test_a_bucket_serves_mixes_one_after_the_other(model: Model) -> None:
+    """Nothing of a fuller step is left in the buffers of the next."""
+    ours, theirs = Requests(model.gpu_runner()), Requests(model.torch_runner())
+    everyone = [(index, 40) for index in range(len(SLOTS))]
+    decoding = [everyone[:6], everyone[3:6], everyone[4:5], everyone[1:4], everyone[:1], everyone[2:7], everyone]
+    for shares in [everyone, *decoding]:
+        assert said(ours.step(shares)) == said(theirs.step(shares))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 20},
+        {"temperature": 2.0, "top_k": 300},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 1.5, "min_p": 0.05},
+        {"temperature": 1.0, "repetition_penalty": 1.3},
+        {"temperature": 0.8, "logprobs": 3},
+        {"logit_bias": {7: 4.0}},
+    ],
+    ids=str,
+)
+def test_draws_are_the_hosts(model: Model, sampling: dict[str, Any]) -> None:
+    """Beside greedy neighbours: the same seed and place in the answer, the same token."""
+
+    def of(index: int) -> SamplingParams:
+        return SamplingParams(**sampling, seed=index) if index % 2 else SamplingParams()
+
+    ours, theirs = Requests(model.gpu_runner(), of), Requests(model.torch_runner(), of)
+    everyone = [(index, 40) for index in range(MOST)]
+    for _ in range(6):
+        assert said(ours.step(everyone)) == said(theirs.step(everyone))
+
+
+def test_a_step_without_adapters_replays_what_was_captured(model: Model) -> None:
+    """A captured pass is called again over the same buffers, never built anew."""
+    replays = []
+
+    def capture(forward: Forward) -> Forward:
+        def replay() -> StepLogits:
+            replays.append(forward)
+            return forward()
+
+        return replay
+
+    ours, theirs = Requests(model.gpu_runner(capture)), Requests(model.torch_runner())
+    base = [(index, 40) for index, slot in enumerate(SLOTS) if slot is None]
+    for _ in range(4):
+        assert said(ours.step(base)) == said(theirs.step(base))
+    assert len(replays) == 3 and len(set(replays)) == 1
+
+
+def test_a_capture_that_fails_runs_eagerly_and_is_said_once(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    def capture(_forward: Forward) -> Forward:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with caplog.at_level(logging.WARNING):
+        runner = model.gpu_runner(capture)
+    assert runner.capture_failures == 2 * len(decode_buckets(MOST))
+    assert len(caplog.records) == 1 and "not permitted" in caplog.text
+    ours, theirs = Requests(runner), Requests(model.torch_runner())
+    everyone = [(index, 40) for index in range(MOST)]
+    for _ in range(3):
+        assert said(ours.step(everyone)) == said(theirs.step(everyone))
+
+
+@pytest.fixture
+def overflowing(model: Model) -> Iterator[None]:
+    """The adapter in slot 1 makes its rows inf."""
+    scales = model.pool.weights[0]["qkv"].scales
+    before = scales[:, 1].clone()
+    scales[:, 1] = math.inf
+    yield
+    scales[:, 1] = before
+
+
+@pytest.mark.usefixtures("overflowing")
+def test_logits_that_are_not_finite_end_their_request_alone(model: Model) -> None:
+    def of(index: int) -> SamplingParams:
+        return SamplingParams(temperature=float(index % 2), seed=index)
+
+    ours = Requests(model.gpu_runner(), of)
+    everyone = [(index, 40) for index in range(MOST)]
+    tokens = ours.step(everyone)
+    failed = [index for index, token in enumerate(tokens) if token is not None and token.error is not None]
+    assert failed == [index for index in range(MOST) if SLOTS[index] == 1]
+    error = tokens[failed[0]].error  # type: ignore[union-attr]
+    assert isinstance(error, MultiloraError) and error.reason == "NON_FINITE_LOGITS"
+
+
+def test_buckets_reach_the_most_and_waste_little() -> None:
+    assert decode_buckets(1) == [1]
+    assert decode_buckets(6) == [1, 2, 4, 6]
+    buckets = decode_buckets(256)
+    assert buckets[-1] == 256 and len(buckets) < 32
+    assert all(after <= 2 * before for before, after in itertools.pairwise(buckets))
