@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import PAGE_ROWS, LoraWeights, PageTable
+from services.common.errors import ResourceExhausted
 from services.inference.adapters.packed_adapter import PackedAdapter
 from services.inference.model.lora import LINEAR_GROUPS, GroupShape
 from services.inference.model.memory import CPU, reserve
@@ -96,7 +97,8 @@ class SlotPool:
     def load(self, adapter: PackedAdapter) -> Slot:
         """Copy an adapter into a free slot; ask `can_load` first. Rows past its rank in a layer are zeroed.
 
-        When the copy fails its slot and pages are free again, and the fault is raised.
+        When the copy fails its slot and pages are free again, and the fault is raised: ResourceExhausted where the
+        device had no memory for the copy's own buffers.
         """
         assert self.can_load(adapter), "no room in the pool"
         slot = Slot(self._free_slots.pop(0), adapter.digest)
@@ -109,6 +111,13 @@ class SlotPool:
         try:
             self._set_table(slot)
             self._copy(slot, adapter)
+        except torch.OutOfMemoryError as error:
+            self.evict(slot.digest)
+            raise ResourceExhausted(
+                "DEVICE_MEMORY_FULL",
+                "the device has no memory left to copy the adapter with; lower --gpu-memory-utilization",
+                field="adapter",
+            ) from error
         except BaseException:
             self.evict(slot.digest)
             raise

@@ -329,6 +329,23 @@ def test_a_copy_to_the_pool_that_fails(bench: Bench, monkeypatch: pytest.MonkeyP
     assert bench.step("half") == [1]
 
 
+def test_a_device_without_memory_for_the_copy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who asked for the adapter are told to try later; the pool is whole, and others use it."""
+    bench.bring("half", "rank-1")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.pool, "_copy", full)
+        assert bench.run("half") == [None]
+    bench.pool.check_integrity()
+    failure = bench.manager.failure(bench.version("half"))
+    assert isinstance(failure, ResourceExhausted)
+    assert failure.reason == "DEVICE_MEMORY_FULL" and failure.retry_after == pytest.approx(failures.FIRST_REST)
+    assert None not in bench.step("rank-1")
+
+
 def test_a_copy_that_fails_while_it_drains(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.bring("half")
     bench.manager.drain("default/half", 1)
