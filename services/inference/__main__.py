@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory, or a .gguf file")
     add("--served-model-name", "", "name of the base model for clients and adapters; empty: the directory's or file's")
-    add("--dtype", defaults["dtype"], "auto, float32 or bfloat16; auto is float32 on a CPU")
-    add("--device", defaults["device"], "cpu")
+    add("--dtype", defaults["dtype"], "float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU; auto is the first")
+    add("--device", defaults["device"], "cpu or cuda")
     add("--cpu-backend", defaults["cpu_backend"], "auto, compiled or torch; auto is compiled where it can be had")
     add("--host", defaults["host"], "address to listen on")
     add("--port", defaults["port"], "gRPC port; 0 takes a free one")

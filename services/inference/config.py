@@ -10,6 +10,8 @@ from services.common.auth.credentials import Credentials
 from services.common.auth.settings import SAME_PORT, Security, admin_port
 
 MAX_LORA_RANK = 512
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
+"""What each device serves; auto takes the first."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -175,10 +177,11 @@ class ServerConfig:
             raise ConfigError(f"--admin-port is {self.admin_port}; it must be 0 to 65535, or {SAME_PORT}")
         _at_least("--max-unread-tokens", self.max_unread_tokens, 1)
         _at_least("--metrics-top-adapters", self.metrics_top_adapters, 1)
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"--dtype is {self.dtype!r}; served are auto, float32 and bfloat16")
-        if self.device != "cpu":
-            raise ConfigError(f"--device is {self.device!r}; only cpu is served yet")
+        if self.device not in DTYPES:
+            raise ConfigError(f"--device is {self.device!r}; there are {' and '.join(DTYPES)}")
+        if self.dtype not in ("auto", *DTYPES[self.device]):
+            served = ", ".join(("auto", *DTYPES[self.device]))
+            raise ConfigError(f"--dtype is {self.dtype!r}; served on --device {self.device} are {served}")
         if self.cpu_backend not in ("auto", "compiled", "torch"):
             raise ConfigError(f"--cpu-backend is {self.cpu_backend!r}; there are auto, compiled and torch")
         if not self.model.exists():
@@ -191,6 +194,11 @@ class ServerConfig:
             raise ConfigError(
                 f"--warm-adapters names {len(self.warm_adapters)}, and --max-loras has {self.adapters.num_slots} slots"
             )
+
+    @property
+    def model_dtype(self) -> str:
+        """The dtype of weights, adapters and KV cache."""
+        return DTYPES[self.device][0] if self.dtype == "auto" else self.dtype
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

@@ -17,7 +17,7 @@ from services.inference.engine.engine import Engine, StepLog
 from services.inference.engine.loop import EngineLoop
 from services.inference.engine.messages import AdaptersChanged, EngineInput
 from services.inference.engine.scheduler import Scheduler
-from services.inference.model.backend import build_runner
+from services.inference.model.backend import build_runner, device_of
 from services.inference.model.config import ModelConfig
 from services.inference.model.lora import group_shapes
 from services.inference.model.sampler import Sampler
@@ -47,7 +47,13 @@ def build_engine(
     )
     room = config.adapters
     pool = SlotPool(
-        group_shapes(model), model.num_layers, room.max_loras, room.max_lora_rank, model.dtype, room.num_slots
+        group_shapes(model),
+        model.num_layers,
+        room.max_loras,
+        room.max_lora_rank,
+        model.dtype,
+        room.num_slots,
+        device_of(config),
     )
     adapters = AdapterManager(
         PullClient(config.adapter_store, config.store_credentials) if config.adapter_store else None,

@@ -65,7 +65,7 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
     """
     started = time.monotonic()
     model = load_config(
-        config.model, name=config.served_model_name, dtype=config.dtype, max_model_len=config.max_model_len
+        config.model, name=config.served_model_name, dtype=config.model_dtype, max_model_len=config.max_model_len
     )
     build_served = functools.partial(build, config, model)
     async with _engine_host(config, build_served) as host, contextlib.AsyncExitStack() as opened:

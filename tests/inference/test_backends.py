@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from lora_kernels.cpu import load_library
 from services.inference.adapters.slot_pool import SlotPool
-from services.inference.config import ConfigError
+from services.inference.config import ConfigError, ServerConfig
 from services.inference.engine.interfaces import Runner, SampledToken, ScheduledRequest
 from services.inference.engine.request import Request, SamplingParams, StoppingParams
 from services.inference.model.backend import build_runner
@@ -102,6 +103,23 @@ def test_torch_serves_where_nothing_compiles(
 def test_torch_serves_blocks_the_compiled_path_does_not_take(tiny_model: Path, tmp_path: Path) -> None:
     assert isinstance(runner(tiny_model, tmp_path, Sampler(), block_size=24), ModelRunner)
     assert isinstance(runner(tiny_model, tmp_path, Sampler(), block_size=32), CompiledRunner)
+
+
+def test_a_gpu_that_is_not_there_is_refused(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as it is here; a GPU machine runs this too
+    with pytest.raises(ConfigError, match="sees no GPU"):
+        runner(tiny_model, tmp_path, Sampler(), "bfloat16", device="cuda")
+
+
+def test_each_device_has_its_dtypes(tiny_model: Path, tmp_path: Path) -> None:
+    def config(**settings: Any) -> ServerConfig:
+        return inference_config(tiny_model, tmp_path, **settings)
+
+    assert [config(device=device).model_dtype for device in ("cpu", "cuda")] == ["float32", "bfloat16"]
+    assert config(device="cuda", dtype="float16").model_dtype == "float16"
+    for device, dtype in (("cpu", "float16"), ("cuda", "float32")):
+        with pytest.raises(ConfigError, match=f"--dtype is '{dtype}'; served on --device {device} are auto"):
+            config(device=device, dtype=dtype)
 
 
 def test_what_is_packed_is_given_back(tiny_model: Path) -> None:

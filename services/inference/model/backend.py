@@ -19,6 +19,8 @@ from services.inference.model.attention import KVCache
 from services.inference.model.compiled_runner import CompiledRunner, compiled_cache, compiled_decoder
 from services.inference.model.config import ModelConfig
 from services.inference.model.decoder import Decoder
+from services.inference.model.gpu_runner import GpuRunner, cuda_graphs
+from services.inference.model.memory import CPU
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
 from services.inference.model.weights import load_weights
@@ -27,12 +29,15 @@ log = logging.getLogger(__name__)
 
 
 def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool: SlotPool, sampler: Sampler) -> Runner:
-    """Load the weights and set the KV cache aside, for the path that `--cpu-backend` and this machine allow.
+    """Load the weights and set the KV cache aside, for the path that the settings and this machine allow.
 
     Raises ConfigError when the compiled path is asked for and cannot be had.
     """
     threads = config.threads or available_cores()
     torch.set_num_threads(threads)
+    device = device_of(config)
+    if device != CPU:
+        return _gpu_runner(config, model, num_blocks, pool, sampler, device)
     compiled = _compiled_can_be_had(config)
     weights = load_weights(config.model, model)
     if compiled:
@@ -40,6 +45,28 @@ def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool
         return CompiledRunner(compiled_decoder(model, weights, cache, pool, threads), cache, pool, sampler)
     paged = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
     return ModelRunner(Decoder(model, weights), paged, pool, sampler)
+
+
+def device_of(config: ServerConfig) -> torch.device:
+    """Where the model runs. Raises ConfigError when this machine or this torch cannot."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device is cuda, and torch {torch.__version__} sees no GPU; install the build for its driver, or leave "
+            "--device out"
+        )
+    return torch.device(config.device)
+
+
+def _gpu_runner(
+    config: ServerConfig, model: ModelConfig, num_blocks: int, pool: SlotPool, sampler: Sampler, device: torch.device
+) -> Runner:
+    weights = {name: tensor.to(device) for name, tensor in load_weights(config.model, model).items()}
+    cache = KVCache(
+        model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype, device
+    )
+    log.info("the model runs on %s", torch.cuda.get_device_name(device))
+    decoder = Decoder(model, weights)
+    return GpuRunner(decoder, cache, pool, sampler, max_num_seqs=config.max_num_seqs, capture=cuda_graphs())
 
 
 def available_cores() -> int:

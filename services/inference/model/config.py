@@ -15,7 +15,7 @@ from services.common.profile import ARCHITECTURES
 if TYPE_CHECKING:
     import torch
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
