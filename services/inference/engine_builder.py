@@ -59,7 +59,7 @@ def build_engine(
         PullClient(config.adapter_store, config.store_credentials) if config.adapter_store else None,
         DiskCache(config.data_dir / "adapters", room.max_disk_bytes),
         pool,
-        BaseModelShapes(linear_shapes(model.hf_config), room.max_lora_rank, model.dtype),
+        BaseModelShapes(linear_shapes(model.hf_config), room.max_lora_rank, model.dtype, pool.device.type == "cuda"),
         room.max_cpu_loras,
         notify=lambda: inbox.put(AdaptersChanged()),
         max_cpu_bytes=room.max_cpu_bytes,

@@ -34,6 +34,9 @@ LOADING, GPU, FAILED, DRAINING = (
     AdapterState.DRAINING,
 )
 
+ARRIVAL_POLL = 0.001
+"""Seconds until an idle engine looks again whether a copy to the pool has arrived: about as long as one takes."""
+
 
 class AdapterManager:
     """The engine's view of adapters: claims on host memory, and slots. See `engine.interfaces.Adapters`.
@@ -125,7 +128,7 @@ class AdapterManager:
         if tracked.state is FAILED:
             return None
         slot = self._pool.get(adapter.digest) or self._load(tracked, self._make_room)
-        if slot is None:
+        if slot is None or not slot.arrived:
             return None
         slot.references += 1
         tracked.used_at = self._clock()
@@ -188,6 +191,7 @@ class AdapterManager:
     # ---- time
 
     def poll(self) -> None:
+        self._pool.poll()
         for fetched in self._fetcher.ended():
             self._take_in(fetched)
         now = self._clock()
@@ -212,6 +216,8 @@ class AdapterManager:
         times = [tracked.attempt_at for tracked in self._delayed.values() if tracked.attempt_at is not None]
         times += [tracked.retry_at for tracked in self._failed.values()]
         times += [self._tracked[slot.digest].used_at + self._idle_ttl for slot in self._expiring()]
+        if not all(slot.arrived for slot in self._pool.slots()):
+            times.append(self._clock() + ARRIVAL_POLL)
         return max(0.0, min(times) - self._clock()) if times else None
 
     def close(self) -> None:
@@ -309,12 +315,12 @@ class AdapterManager:
         for slot in self._pool.slots():
             if self._pool.can_load(packed):
                 return True
-            if not slot.references and slot.digest not in self._cpu.pinned:
+            if not slot.is_held and slot.digest not in self._cpu.pinned:
                 self._evict(slot.digest)
         slots = self._pool.slots()
         if all(slot.digest in self._cpu.pinned for slot in slots):
             for slot in slots:
-                if not self._pool.can_load(packed) and not slot.references:
+                if not self._pool.can_load(packed) and not slot.is_held:
                     self._evict(slot.digest)
         return self._pool.can_load(packed)
 

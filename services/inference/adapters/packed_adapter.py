@@ -31,11 +31,15 @@ class ModuleTensors:
 
 @dataclass(frozen=True, slots=True)
 class BaseModelShapes:
-    """What an adapter must fit: full names and shapes of the linears, the highest rank, and the pool's dtype."""
+    """What an adapter must fit: full names and shapes of the linears, the highest rank, and the pool's dtype.
+
+    pinned: whether its bytes go to pinned memory, from which a GPU copies while steps run
+    """
 
     modules: Mapping[str, Shape]
     max_lora_rank: int
     dtype: torch.dtype
+    pinned: bool = False
 
 
 class PackedAdapter:
@@ -55,6 +59,8 @@ class PackedAdapter:
         self.digest = digest
         self.num_bytes = len(data)
         self._bytes = torch.frombuffer(data, dtype=torch.uint8)[payload:]
+        if base.pinned:
+            self._bytes = self._bytes.pin_memory()
         self._check_checksums(header, memoryview(data)[payload:])
         self._modules: dict[tuple[int, str], ModuleTensors] = {}
         self.ranks: dict[str, int] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_kernels import PAGE_ROWS, LoraWeights, PageTable
 from services.common.errors import ResourceExhausted
+from services.inference.adapters.copies import Arrived, Copies, beside_steps
 from services.inference.adapters.packed_adapter import PackedAdapter
 from services.inference.model.lora import LINEAR_GROUPS, GroupShape
 from services.inference.model.memory import CPU, reserve
@@ -22,12 +23,23 @@ from services.inference.model.memory import CPU, reserve
 
 @dataclass(eq=False)
 class Slot:
-    """A resident adapter's place. pages: per linear; references: requests that hold it in steps now."""
+    """A resident adapter's place.
+
+    pages: per linear
+    references: requests that hold it in steps now
+    arrived: whether its weights are there, as `poll` last saw it; no step may use it before
+    """
 
     index: int
     digest: str
     pages: dict[str, tuple[int, ...]] = field(default_factory=dict)
     references: int = 0
+    arrived: bool = False
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it must stay: for a step, or for those who wait for a copy that is under way."""
+        return bool(self.references) or not self.arrived
 
     @property
     def num_pages(self) -> int:
@@ -40,6 +52,7 @@ class SlotPool:
     weights: weights[layer][group], fixed in memory for the pool's life
     tables: the page table of each group
     num_slots: most adapters resident; `max_loras` unless `max_resident` says more
+    copies: how weights go in; the default is what suits the device
     """
 
     def __init__(
@@ -51,8 +64,10 @@ class SlotPool:
         dtype: torch.dtype,
         max_resident: int = 0,
         device: torch.device = CPU,
+        copies: Copies | None = None,
     ) -> None:
         self.device = device
+        self._copies = copies or beside_steps(device)
         self.num_slots = max_resident or max_loras
         self.max_lora_rank = max_lora_rank
         self.dtype = dtype
@@ -72,6 +87,7 @@ class SlotPool:
         self._free_pages = {linear: list(range(self._num_pages)) for group in shapes for linear in LINEAR_GROUPS[group]}
         self._free_slots = list(range(self.num_slots))
         self._slots: dict[str, Slot] = {}
+        self._arriving: dict[Slot, Arrived] = {}
         self._generations = [0] * self.num_slots
 
     def get(self, digest: str) -> Slot | None:
@@ -85,6 +101,13 @@ class SlotPool:
         """A number that changes whenever other weights come to lie in the slot."""
         return self._generations[slot]
 
+    def poll(self) -> None:
+        """Take in which copies have arrived."""
+        for slot, arrived in list(self._arriving.items()):
+            if arrived():
+                slot.arrived = True
+                del self._arriving[slot]
+
     def touch(self, digest: str) -> None:
         """Make the adapter the most recently used one."""
         self._slots[digest] = self._slots.pop(digest)
@@ -95,7 +118,9 @@ class SlotPool:
         )
 
     def load(self, adapter: PackedAdapter) -> Slot:
-        """Copy an adapter into a free slot; ask `can_load` first. Rows past its rank in a layer are zeroed.
+        """Copy an adapter into a free slot, which has it when it has `arrived`; ask `can_load` first.
+
+        Rows past its rank in a layer are zeroed.
 
         When the copy fails its slot and pages are free again, and the fault is raised: ResourceExhausted where the
         device had no memory for the copy's own buffers.
@@ -110,7 +135,8 @@ class SlotPool:
         self._generations[slot.index] += 1
         try:
             self._set_table(slot)
-            self._copy(slot, adapter)
+            self._arriving[slot] = self._copies(lambda: self._copy(slot, adapter))
+            self.poll()
         except torch.OutOfMemoryError as error:
             self.evict(slot.digest)
             raise ResourceExhausted(
@@ -127,6 +153,7 @@ class SlotPool:
         """Free an idle adapter's slot and pages. What lies in them stays until it is overwritten; nothing reads it."""
         slot = self._slots.pop(digest)
         assert not slot.references, "a held slot is not evicted"
+        self._arriving.pop(slot, None)
         for linear, pages in slot.pages.items():
             self._free_pages[linear][:0] = pages  # the next to be used: their memory is committed already
         slot.pages = {}
@@ -179,6 +206,8 @@ class SlotPool:
         """Raise AssertionError unless slots and pages are each free or taken once, and the tables say the same."""
         taken = {slot.index for slot in self._slots.values()}
         assert len(taken) == len(self._slots) <= self.num_slots
+        arriving = {slot for slot in self._slots.values() if not slot.arrived}
+        assert self._arriving.keys() == arriving and not any(slot.references for slot in arriving), "used too early"
         assert sorted([*taken, *self._free_slots]) == list(range(self.num_slots)), "a slot is lost or taken twice"
         for linear, free in self._free_pages.items():
             held = [page for slot in self._slots.values() for page in slot.pages.get(linear, ())]
@@ -206,6 +235,7 @@ def _fill(pool: Tensor, page: int, rows: Tensor | None, number: int) -> None:
     first = number * PAGE_ROWS
     here = 0 if rows is None else max(0, min(PAGE_ROWS, len(rows) - first))
     if rows is not None and here:
-        (to if here == PAGE_ROWS else to[:here]).copy_(rows if here == len(rows) else rows[first : first + here])
+        part = rows if here == len(rows) else rows[first : first + here]
+        (to if here == PAGE_ROWS else to[:here]).copy_(part, non_blocking=True)
     if here < PAGE_ROWS:
         to[here:].zero_()

@@ -50,7 +50,10 @@ class Slots(Protocol):
         """STORE, DISK, CPU or GPU."""
 
     def acquire(self, adapter: AdapterVersion) -> int | None:
-        """The slot of a ready adapter, loaded and held; None when every slot is held for others, or the copy failed."""
+        """The slot of a ready adapter, loaded and held.
+
+        None when every slot is held for others, when the copy failed, or while it is under way.
+        """
 
     def release(self, adapter: AdapterVersion) -> None: ...
 

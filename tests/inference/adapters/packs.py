@@ -19,6 +19,7 @@ from services.adapter_store.records import Overrides
 from services.adapter_store.validation import validate
 from services.common.packed import decode_header, encode_header
 from services.common.profile import BaseModelProfile, linear_shapes
+from services.inference.adapters.copies import Copies, at_once
 from services.inference.adapters.packed_adapter import BaseModelShapes, PackedAdapter
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.engine.request import AdapterVersion
@@ -44,13 +45,19 @@ def base_shapes(*, max_lora_rank: int = MAX_RANK, dtype: torch.dtype = torch.flo
     return BaseModelShapes(linear_shapes(CONFIG), max_lora_rank, dtype)
 
 
-def make_pool(*, max_loras: int = 3, dtype: torch.dtype = torch.float32, max_resident: int = 0) -> SlotPool:
+def make_pool(
+    *,
+    max_loras: int = 3,
+    dtype: torch.dtype = torch.float32,
+    max_resident: int = 0,
+    copies: Copies = at_once,
+) -> SlotPool:
     shapes = linear_shapes(CONFIG)
     groups = {}
     for group, linears in LINEAR_GROUPS.items():
         of_group = [shapes[f"model.layers.0.{linear}"] for linear in linears]
         groups[group] = GroupShape(of_group[0].in_features, tuple(shape.out_features for shape in of_group))
-    return SlotPool(groups, LAYERS, max_loras, MAX_RANK, dtype, max_resident)
+    return SlotPool(groups, LAYERS, max_loras, MAX_RANK, dtype, max_resident, copies=copies)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from services.common.errors import (
     Unavailable,
 )
 from services.inference.adapters import failures
+from services.inference.adapters.copies import Arrived, Copies, at_once
 from services.inference.adapters.disk_cache import DiskCache
-from services.inference.adapters.manager import AdapterManager
+from services.inference.adapters.manager import ARRIVAL_POLL, AdapterManager
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.engine.request import AdapterVersion
 from tests.inference.adapters.packs import Pack, base_shapes, lying, make_pool
@@ -153,11 +154,12 @@ def make_bench(
     max_cpu_bytes: int = 0,
     idle_ttl: float = 0.0,
     max_disk_bytes: int = 1 << 30,
+    copies: Copies = at_once,
 ) -> Bench:
     ended: queue.SimpleQueue[None] = queue.SimpleQueue()
     puller = HandingOut({pack.version.pack_digest: pack.data for pack in packs.values()})
     puller.gate.set()
-    clock, pool = Clock(), make_pool(max_loras=max_loras, max_resident=max_resident)
+    clock, pool = Clock(), make_pool(max_loras=max_loras, max_resident=max_resident, copies=copies)
     manager = AdapterManager(
         puller if store else None,
         DiskCache(directory, max_disk_bytes),
@@ -329,21 +331,91 @@ def test_a_copy_to_the_pool_that_fails(bench: Bench, monkeypatch: pytest.MonkeyP
     assert bench.step("half") == [1]
 
 
-def test_a_device_without_memory_for_the_copy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass
+class CopyEngine:
+    """Copies as a GPU's: done some time after they were asked for, in their order; or refused for want of memory."""
+
+    asked: list[Callable[[], None]] = field(default_factory=list)
+    full: bool = False
+
+    def __call__(self, copy: Callable[[], None]) -> Arrived:
+        if self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        self.asked.append(copy)
+        return lambda: copy not in self.asked
+
+    def work(self) -> None:
+        """Do the oldest copy."""
+        self.asked[0]()
+        del self.asked[0]
+
+
+@pytest.fixture
+def engine() -> CopyEngine:
+    return CopyEngine()
+
+
+@pytest.fixture
+def late(packs: dict[str, Pack], tmp_path: Path, engine: CopyEngine) -> Iterator[Bench]:
+    """A bench whose copies are done when `engine` does them."""
+    made = make_bench(packs, tmp_path, copies=engine)
+    yield made
+    made.manager.close()
+
+
+def test_others_run_while_a_copy_is_under_way(late: Bench, engine: CopyEngine) -> None:
+    late.bring("half", "rank-1")
+    assert late.step("half") == [None]
+    engine.work()
+    assert late.step("half") == [None], "steps take in what arrived before they began"
+    late.wait(0)
+    assert late.step("half", "rank-1", "half") == [0, None, 0]
+    assert late.manager.next_deadline() == pytest.approx(ARRIVAL_POLL)
+    engine.work()
+    late.wait(0)
+    assert late.step("rank-1", "half") == [1, 0]
+    assert late.manager.next_deadline() is None and late.manager.loads == 2
+
+
+def test_a_copy_under_way_keeps_its_slot(late: Bench, engine: CopyEngine) -> None:
+    """Whoever asks first runs first: the others do not take the slot from under its copy."""
+    late.bring("half", "rank-1", "rank-16")
+    for _ in range(2):
+        assert late.step("half", "rank-1", "rank-16") == [None, None, None]
+    assert len(engine.asked) == 2
+    engine.work()
+    engine.work()
+    late.wait(0)
+    assert late.step("half", "rank-1") == [0, 1]
+
+
+def test_an_adapter_that_leaves_while_its_copy_is_under_way(late: Bench, engine: CopyEngine) -> None:
+    late.bring("half")
+    assert late.step("half") == [None]
+    late.let_go("half")
+    late.manager.drop("default/half", 1)
+    late.bring("rank-1")
+    assert late.step("rank-1") == [None]
+    engine.work()
+    engine.work()
+    late.wait(0)
+    assert None not in late.step("rank-1")
+
+
+def test_a_device_without_memory_for_the_copy(late: Bench, engine: CopyEngine) -> None:
     """Those who asked for the adapter are told to try later; the pool is whole, and others use it."""
-    bench.bring("half", "rank-1")
-
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(bench.pool, "_copy", full)
-        assert bench.run("half") == [None]
-    bench.pool.check_integrity()
-    failure = bench.manager.failure(bench.version("half"))
-    assert isinstance(failure, ResourceExhausted)
-    assert failure.reason == "DEVICE_MEMORY_FULL" and failure.retry_after == pytest.approx(failures.FIRST_REST)
-    assert None not in bench.step("rank-1")
+    late.bring("half", "rank-1")
+    engine.full = True
+    assert late.run("half") == [None]
+    late.pool.check_integrity()
+    failure = late.manager.failure(late.version("half"))
+    assert isinstance(failure, ResourceExhausted) and failure.reason == "DEVICE_MEMORY_FULL"
+    assert failure.retry_after == pytest.approx(failures.FIRST_REST)
+    engine.full = False
+    assert late.step("rank-1") == [None]
+    engine.work()
+    late.wait(0)
+    assert None not in late.step("rank-1")
 
 
 def test_a_copy_that_fails_while_it_drains(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
