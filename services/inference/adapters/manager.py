@@ -34,9 +34,6 @@ LOADING, GPU, FAILED, DRAINING = (
     AdapterState.DRAINING,
 )
 
-ARRIVAL_POLL = 0.001
-"""Seconds until an idle engine looks again whether a copy to the pool has arrived: about as long as one takes."""
-
 
 class AdapterManager:
     """The engine's view of adapters: claims on host memory, and slots. See `engine.interfaces.Adapters`.
@@ -216,8 +213,6 @@ class AdapterManager:
         times = [tracked.attempt_at for tracked in self._delayed.values() if tracked.attempt_at is not None]
         times += [tracked.retry_at for tracked in self._failed.values()]
         times += [self._tracked[slot.digest].used_at + self._idle_ttl for slot in self._expiring()]
-        if not all(slot.arrived for slot in self._pool.slots()):
-            times.append(self._clock() + ARRIVAL_POLL)
         return max(0.0, min(times) - self._clock()) if times else None
 
     def close(self) -> None:
