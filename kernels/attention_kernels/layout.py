@@ -35,8 +35,8 @@ class PagedRows:
 
 
 def tile_tokens(heads: int, kv_heads: int) -> int:
-    """Rows in a prefill tile."""
-    return max(1, TILE_LANES // next_power_of_two(heads // kv_heads))
+    """Rows in a prefill tile; never 1, which says decode."""
+    return max(2, TILE_LANES // next_power_of_two(heads // kv_heads))
 
 
 def cut_into_tiles(spans: Sequence[tuple[int, int, int]], tokens: int) -> Tensor:

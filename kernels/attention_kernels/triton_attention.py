@@ -27,7 +27,8 @@ def launch_of(head_block: int, value_bytes: int) -> dict[str, int]:
     return {"num_warps": 8 if head_block > 128 else 4, "num_stages": 1 if wide else 2, "enable_fp_fusion": True}
 
 
-@triton.jit
+# Compiled once for all batches: a step does not wait for a compiler because it has sixteen tiles.
+@triton.jit(do_not_specialize=("table_stride", "tile_count", "parts", "heads"))
 def attention_kernel(
     q,
     keys,
@@ -133,7 +134,7 @@ def attention_kernel(
             tl.store(to, attended, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tile_count", "parts", "heads"))
 def combine_kernel(
     out,
     sums,

@@ -146,3 +146,4 @@ def test_tiles_lie_within_one_sequence() -> None:
     tiles = cut_into_tiles([(0, 0, 5), (1, 5, 6), (2, 6, 10)], 4)
     assert tiles.T.tolist() == [[0, 0, 4], [0, 4, 5], [1, 5, 6], [2, 6, 10]]
     assert cut_into_tiles([], 4).shape == (3, 0)
+    assert [tile_tokens(heads, 1) for heads in (1, 3, 4, 64)] == [64, 16, 16, 2]

@@ -11,6 +11,9 @@ from torch import Tensor
 
 Ints = NDArray[np.int32]
 
+ALIGNMENT = 4
+"""Each array starts at 16 bytes, whatever the others' lengths: Triton compiles anew for a pointer that does not."""
+
 
 class DeviceInts:
     """Named int32 arrays side by side, of fixed addresses on host and device; they start as zeros.
@@ -19,14 +22,16 @@ class DeviceInts:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
-        sizes = [int(np.prod(shape)) for shape in shapes.values()]
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+        room = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()]
+        self._host = torch.zeros(sum(room), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(sum(room), dtype=torch.int32, device=device)
         self.host: dict[str, Ints] = {}
         self.device: dict[str, Tensor] = {}
-        halves = zip(torch.split(self._host, sizes), torch.split(self._device, sizes), strict=True)
+        halves = zip(torch.split(self._host, room), torch.split(self._device, room), strict=True)
         for (name, shape), (here, there) in zip(shapes.items(), halves, strict=True):
-            self.host[name], self.device[name] = here.view(shape).numpy(), there.view(shape)
+            self.host[name] = here[: sizes[name]].view(shape).numpy()
+            self.device[name] = there[: sizes[name]].view(shape)
 
     def send(self) -> None:
         """Copy all of them, without waiting. What was sent before must have been read."""

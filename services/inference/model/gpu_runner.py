@@ -192,6 +192,7 @@ class GpuRunner:
         """A graph for each bucket with adapters, whichever they are, and one without. One that fails runs eagerly."""
         some, none = (ActiveSet.build(slots, self._pool.tables) for slots in ((0,), ()))
         for rows, buffers in reversed(self._buckets.items()):  # the largest first: the others fit in its memory
+            buffers.ints.send()
             buffers.work.stage([], none.pages_of_slot)
             for active in (some, none):
                 try:
