@@ -10,7 +10,7 @@ import sys
 SWITCH_SECONDS = 0.001
 
 # glibc's mallopt. Without them a message's memory goes back to the kernel when it is freed, and the next one takes as
-# many pages anew: a quarter of what receiving an upload costs.
+# many pages anew.
 _M_TRIM_THRESHOLD, _KEPT_BYTES = -1, 16 << 20
 _M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES = -3, 4 << 20
 

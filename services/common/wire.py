@@ -15,7 +15,7 @@ from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2
 
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["AdapterAdminService"].full_name
 
-# What a client reads and sends at once: a message has its price, and four smaller ones took a tenth longer.
+# What a client reads and sends at once: a message has its price, and four smaller ones took a twentieth longer.
 UPLOAD_CHUNK_BYTES = 1 << 20
 
 MAX_HEAD_BYTES = 32  # the most that comes before a pull's data: two tags and two varints
