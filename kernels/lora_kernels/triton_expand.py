@@ -5,9 +5,15 @@
 # ruff: noqa: N803
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+
+from lora_kernels.triton_shrink import PROGRAMS
+from lora_kernels.tuning import tuned
 
 MOST_SLICES = 3
 """q, k and v: the widest linear group. Each slice's B is a pointer argument of its own."""
@@ -28,6 +34,21 @@ def precision_of(dtype: torch.dtype) -> str:
     rounded before y is. One TF32 product would lose 2^-10 of it, a cast to bf16 2^-9, and a cast to fp16 its range.
     """
     return "ieee" if dtype is torch.float32 else "tf32x3"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandBlocks:
+    """None decides the order of a sum, which runs over ranks: all may follow the batch."""
+
+    block_n: int = BLOCK_N
+    programs: int = PROGRAMS
+    num_warps: int = int(LAUNCH["num_warps"])
+    num_stages: int = int(LAUNCH["num_stages"])
+
+
+def blocks_of(y: torch.Tensor, out_sizes: Sequence[int]) -> ExpandBlocks:
+    """What to launch with for an output [rows, sum of out_sizes]: see `triton_shrink.blocks_of`."""
+    return ExpandBlocks(**tuned("expand", y.device, y.dtype, out_sizes, y.shape[0]))
 
 
 @triton.jit

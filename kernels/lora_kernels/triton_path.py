@@ -11,13 +11,9 @@ import triton
 from torch import Tensor
 
 from lora_kernels import triton_expand, triton_shrink, triton_work_list
-from lora_kernels.errors import MixedDtypes, NotContiguous, ShapeMismatch
+from lora_kernels.errors import LoraInputError, MixedDtypes, NotContiguous, ShapeMismatch
 from lora_kernels.layout import PAGE_ROWS, LoraBatch, LoraWeights
 from lora_kernels.work_list import TILE_ROWS, WorkList, check_rows
-
-PROGRAMS = 528
-"""Programs that share a work list: four for each multiprocessor of an H200. A batch with fewer tiles leaves the rest to
-return at once. How the work is dealt changes no bit. Reasoned, not yet measured."""
 
 
 def apply_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
@@ -35,7 +31,7 @@ def apply_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBat
         return
     work = work_of(batch)
     check_rows(work, x.shape[0])
-    splits = triton_shrink.splits_of(x.shape[1])
+    splits = triton_shrink.blocks_of(x).splits
     # Never filled: expand reads only what shrink wrote.
     shrunk = torch.empty(
         weights.slices, splits, x.shape[0], work.max_pages * PAGE_ROWS, dtype=torch.float32, device=x.device
@@ -57,8 +53,13 @@ def check_launch(y: Tensor, x: Tensor, weights: LoraWeights) -> None:
 
 
 def work_of(batch: LoraBatch) -> WorkList:
-    """The batch's work list; without fixed buffers it is made and built by the first layer that asks."""
+    """The batch's work list; without fixed buffers it is made and built by the first layer that asks.
+
+    Raises LoraInputError while a CUDA graph is captured: a list of the batch's own would be in no other batch.
+    """
     if batch.work is None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise LoraInputError("a CUDA graph is captured over a work list in fixed buffers: LoraBatch(work=...)")
         pages = batch.active.pages_of_slot
         rows = batch.row_slots.numel()
         work = WorkList.allocate(rows, len(pages), max(1, *pages), batch.row_slots.device)
@@ -74,7 +75,8 @@ def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) ->
     work = work_of(batch)
     table = batch.active.tables[weights.group].table
     splits, rank_columns = shrunk.shape[1], shrunk.shape[3]
-    grid = (min(PROGRAMS, work.items.shape[1]), weights.slices * splits)
+    blocks = triton_shrink.blocks_of(x)
+    grid = (min(blocks.programs, work.items.shape[1]), weights.slices * splits)
     triton_shrink.shrink_kernel[grid](
         x,
         weights.a,
@@ -97,8 +99,8 @@ def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) ->
         SPLITS=splits,
         TILE_ROWS=TILE_ROWS,
         PAGE_ROWS=PAGE_ROWS,
-        BLOCK_K=triton_shrink.block_k_of(x.dtype),
-        **triton_shrink.LAUNCH,
+        BLOCK_K=blocks.block_k,
+        **{**triton_shrink.LAUNCH, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
     )
 
 
@@ -108,8 +110,9 @@ def expand(y: Tensor, shrunk: Tensor, weights: LoraWeights, batch: LoraBatch) ->
     table = batch.active.tables[weights.group].table
     absent = triton_expand.MOST_SLICES - weights.slices
     out_sizes = [b.shape[1] for b in weights.b]
-    blocks = sum(triton.cdiv(out, triton_expand.BLOCK_N) for out in out_sizes)
-    triton_expand.expand_kernel[(min(PROGRAMS, work.tiles.shape[1]), blocks)](
+    blocks = triton_expand.blocks_of(y, out_sizes)
+    column_blocks = sum(triton.cdiv(out, blocks.block_n) for out in out_sizes)
+    triton_expand.expand_kernel[(min(blocks.programs, work.tiles.shape[1]), column_blocks)](
         y,
         shrunk,
         *weights.b,
@@ -131,7 +134,7 @@ def expand(y: Tensor, shrunk: Tensor, weights: LoraWeights, batch: LoraBatch) ->
         SPLITS=shrunk.shape[1],
         TILE_ROWS=TILE_ROWS,
         PAGE_ROWS=PAGE_ROWS,
-        BLOCK_N=triton_expand.BLOCK_N,
+        BLOCK_N=blocks.block_n,
         PRECISION=triton_expand.precision_of(y.dtype),
-        **triton_expand.LAUNCH,
+        **{**triton_expand.LAUNCH, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
     )

@@ -5,9 +5,13 @@
 # ruff: noqa: N803
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
+
+from lora_kernels.tuning import tuned
 
 BLOCK_COLUMNS = {torch.float32: 32, torch.float16: 128, torch.bfloat16: 128}
 """Input columns a step multiplies: two cache lines of a row of 16-bit values, 8 KiB of x and A together; one line of
@@ -32,6 +36,29 @@ def block_k_of(dtype: torch.dtype) -> int:
 def splits_of(width: int) -> int:
     """Into how many parts the sum over `width` input columns is cut."""
     return min(MOST_SPLITS, (width + SPLIT_COLUMNS - 1) // SPLIT_COLUMNS)
+
+
+PROGRAMS = 528
+"""Programs that share a work list, here and in expand: four for each multiprocessor of an H200. A batch with fewer
+tiles leaves the rest to return at once. How the work is dealt changes no bit. Reasoned, not yet measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkBlocks:
+    """block_k and splits decide the order of a sum, so they belong to the layer; the rest may follow the batch."""
+
+    block_k: int
+    splits: int
+    programs: int = PROGRAMS
+    num_warps: int = int(LAUNCH["num_warps"])
+    num_stages: int = int(LAUNCH["num_stages"])
+
+
+def blocks_of(x: torch.Tensor) -> ShrinkBlocks:
+    """What to launch with for an input [rows, in]: measured where `tuned.json` has it, reasoned elsewhere."""
+    rows, width = x.shape
+    default = {"block_k": block_k_of(x.dtype), "splits": splits_of(width)}
+    return ShrinkBlocks(**{**default, **tuned("shrink", x.device, x.dtype, (width,), rows)})
 
 
 @triton.jit
