@@ -52,6 +52,66 @@ def blocks_of(y: torch.Tensor, out_sizes: Sequence[int]) -> ExpandBlocks:
 
 
 @triton.jit
+def slice_of_block(block, b0, b1, b2, out0, out1, out2, BLOCK_N: tl.constexpr):
+    """Which slice a block of output columns lies in: (its index, B, width, the block's columns within it, and the
+    group's column where it begins)."""
+    blocks0 = (out0 + BLOCK_N - 1) // BLOCK_N
+    blocks1 = (out1 + BLOCK_N - 1) // BLOCK_N
+    if block < blocks0:
+        slice_index, b, out, first_block, first_column = 0, b0, out0, 0, 0
+    elif block < blocks0 + blocks1:
+        slice_index, b, out, first_block, first_column = 1, b1, out1, blocks0, out0
+    else:
+        slice_index, b, out, first_block, first_column = 2, b2, out2, blocks0 + blocks1, out0 + out1
+    return slice_index, b, out, (block - first_block) * BLOCK_N + tl.arange(0, BLOCK_N), first_column
+
+
+@triton.jit
+def expanded(
+    shrunk,
+    b,
+    page_table,
+    position,
+    in_tile,
+    slice_index,
+    slice_slot,
+    rank,
+    scale,
+    column,
+    out,
+    max_pages,
+    rank_columns,
+    part_stride,
+    SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[TILE_ROWS, BLOCK_N] float32: one tile's ranks, scaled, times the block's columns of one slice's B."""
+    lane = tl.arange(0, PAGE_ROWS)
+    in_slice = column < out
+    first_part = shrunk + slice_index * SPLITS * tl.cast(part_stride, tl.int64)
+    total = tl.full((TILE_ROWS, BLOCK_N), 0.0, tl.float32)
+    for page in range((rank + PAGE_ROWS - 1) // PAGE_ROWS):
+        rank_row = page * PAGE_ROWS + lane
+        in_rank = rank_row < rank
+        place = position[:, None].to(tl.int64) * rank_columns + rank_row[None, :]
+        written = in_tile[:, None] & in_rank[None, :]
+        ranks_of_row = tl.load(first_part + place, mask=written, other=0.0)
+        for part in tl.static_range(1, SPLITS):
+            part_start = part * tl.cast(part_stride, tl.int64)
+            ranks_of_row += tl.load(first_part + part_start + place, mask=written, other=0.0)
+        pool_page = tl.load(page_table + slice_slot * max_pages + page).to(tl.int64)
+        pool_row = pool_page * PAGE_ROWS + lane
+        b_block = tl.load(
+            b + pool_row[:, None] * out + column[None, :], mask=in_rank[:, None] & in_slice[None, :], other=0.0
+        )
+        total = tl.dot(ranks_of_row * scale, b_block.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def expand_kernel(
     y,
     shrunk,
@@ -97,49 +157,36 @@ def expand_kernel(
         bytes: r * out * b of B, once; 2 * 16 * out * b of y; 64 * r * SPLITS of `shrunk` a block, from L2.
         FLOPs: 2 * 16 * 16 * ceil(r / 16) * out.
     """
-    block = tl.program_id(1)
-    # Which slice the block lies in: its B, its width, and how many blocks and columns lie before it.
-    blocks0 = (out0 + BLOCK_N - 1) // BLOCK_N
-    blocks1 = (out1 + BLOCK_N - 1) // BLOCK_N
-    if block < blocks0:
-        slice_index, b, out, first_block, first_column = 0, b0, out0, 0, 0
-    elif block < blocks0 + blocks1:
-        slice_index, b, out, first_block, first_column = 1, b1, out1, blocks0, out0
-    else:
-        slice_index, b, out, first_block, first_column = 2, b2, out2, blocks0 + blocks1, out0 + out1
-
-    column = (block - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_slice = column < out
-    lane = tl.arange(0, PAGE_ROWS)
-    first_part = shrunk + slice_index * SPLITS * tl.cast(part_stride, tl.int64)
-
+    slice_index, b, out, column, first_column = slice_of_block(tl.program_id(1), b0, b1, b2, out0, out1, out2, BLOCK_N)
     for tile in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
         slice_slot = slice_index * slots + tl.load(tiles + tile)
         rank = tl.load(ranks + slice_slot)
         if rank > 0:
-            scale = tl.load(scales + slice_slot)
             position = tl.load(tiles + tile_capacity + tile) + tl.arange(0, TILE_ROWS)
             in_tile = position < tl.load(tiles + 2 * tile_capacity + tile)
-
-            total = tl.full((TILE_ROWS, BLOCK_N), 0.0, tl.float32)
-            for page in range((rank + PAGE_ROWS - 1) // PAGE_ROWS):
-                rank_row = page * PAGE_ROWS + lane
-                in_rank = rank_row < rank
-                place = position[:, None].to(tl.int64) * rank_columns + rank_row[None, :]
-                written = in_tile[:, None] & in_rank[None, :]
-                ranks_of_row = tl.load(first_part + place, mask=written, other=0.0)
-                for part in tl.static_range(1, SPLITS):
-                    part_start = part * tl.cast(part_stride, tl.int64)
-                    ranks_of_row += tl.load(first_part + part_start + place, mask=written, other=0.0)
-                pool_page = tl.load(page_table + slice_slot * max_pages + page).to(tl.int64)
-                pool_row = pool_page * PAGE_ROWS + lane
-                b_block = tl.load(
-                    b + pool_row[:, None] * out + column[None, :], mask=in_rank[:, None] & in_slice[None, :], other=0.0
-                )
-                total = tl.dot(ranks_of_row * scale, b_block.to(tl.float32), total, input_precision=PRECISION)
-
+            total = expanded(
+                shrunk,
+                b,
+                page_table,
+                position,
+                in_tile,
+                slice_index,
+                slice_slot,
+                rank,
+                tl.load(scales + slice_slot),
+                column,
+                out,
+                max_pages,
+                rank_columns,
+                part_stride,
+                SPLITS,
+                TILE_ROWS,
+                PAGE_ROWS,
+                BLOCK_N,
+                PRECISION,
+            )
             row = tl.load(order + position, mask=in_tile, other=0).to(tl.int64)
             place = row[:, None] * y_stride + first_column + column[None, :]
-            inside = in_tile[:, None] & in_slice[None, :]
+            inside = in_tile[:, None] & (column < out)[None, :]
             sums = tl.load(y + place, mask=inside, other=0.0).to(tl.float32) + total
             tl.store(y + place, sums.to(y.dtype.element_ty), mask=inside)

@@ -31,25 +31,38 @@ def apply_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBat
         return
     work = work_of(batch)
     check_rows(work, x.shape[0])
-    splits = triton_shrink.blocks_of(x).splits
-    # Never filled: expand reads only what shrink wrote.
-    shrunk = torch.empty(
-        weights.slices, splits, x.shape[0], work.max_pages * PAGE_ROWS, dtype=torch.float32, device=x.device
-    )
+    shrunk = empty_shrunk(x, weights, work)
     shrink(shrunk, x, weights, batch)
     expand(y, shrunk, weights, batch)
 
 
+def empty_shrunk(x: Tensor, weights: LoraWeights, work: WorkList) -> Tensor:
+    """What shrink of the input x [rows, in] writes; never filled, for expand reads only what shrink wrote."""
+    shape = weights.slices, triton_shrink.blocks_of(x).splits, x.shape[0], work.max_pages * PAGE_ROWS
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
 def check_launch(y: Tensor, x: Tensor, weights: LoraWeights) -> None:
     """Raise MixedDtypes, NotContiguous or ShapeMismatch unless the kernels can take these."""
-    dtypes = {"y": y.dtype, "x": x.dtype, "the pool": weights.a.dtype}
-    if len(set(dtypes.values())) > 1 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise MixedDtypes(f"y, x and the pool share one of float32, float16 and bfloat16; they are {dtypes}")
-    if x.stride(1) != 1 or y.stride(1) != 1:
-        raise NotContiguous(f"the values of a row lie side by side; y steps {y.stride(1)}, x steps {x.stride(1)}")
-    expected = (x.shape[0], sum(b.shape[1] for b in weights.b)), (x.shape[0], weights.a.shape[2])
-    if (tuple(y.shape), tuple(x.shape)) != expected:
-        raise ShapeMismatch(f"y and x are {tuple(y.shape)} and {tuple(x.shape)}, expected {expected}")
+    check_values(weights, y=y, x=x)
+    check_shape("y", y, x.shape[0], sum(b.shape[1] for b in weights.b))
+    check_shape("x", x, x.shape[0], weights.a.shape[2])
+
+
+def check_values(weights: LoraWeights, **tensors: Tensor) -> None:
+    """Raise MixedDtypes unless all have the pool's dtype, NotContiguous unless a row's values lie side by side."""
+    dtypes = {**{name: tensor.dtype for name, tensor in tensors.items()}, "the pool": weights.a.dtype}
+    if len(set(dtypes.values())) > 1 or weights.a.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise MixedDtypes(f"all share one of float32, float16 and bfloat16; they are {dtypes}")
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise NotContiguous(f"the values of a row lie side by side; {name} steps {tensor.stride(-1)}")
+
+
+def check_shape(name: str, tensor: Tensor, *expected: int) -> None:
+    """Raise ShapeMismatch unless the tensor has exactly this shape."""
+    if tuple(tensor.shape) != expected:
+        raise ShapeMismatch(f"{name} is {tuple(tensor.shape)}, expected {expected}")
 
 
 def work_of(batch: LoraBatch) -> WorkList:
@@ -70,15 +83,21 @@ def work_of(batch: LoraBatch) -> WorkList:
     return batch.work
 
 
-def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
+def shrink(
+    shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch, produce: triton_shrink.Produce | None = None
+) -> None:
     """Launch `shrink_kernel`.   shrunk: [slices, splits, rows, most pages * PAGE_ROWS] float32"""
     work = work_of(batch)
     table = batch.active.tables[weights.group].table
     splits, rank_columns = shrunk.shape[1], shrunk.shape[3]
-    blocks = triton_shrink.blocks_of(x)
-    grid = (min(blocks.programs, work.items.shape[1]), weights.slices * splits)
-    triton_shrink.shrink_kernel[grid](
+    made = produce or triton_shrink.Produce("x", into=x)
+    blocks = triton_shrink.blocks_of(made.into)
+    chunks = triton.cdiv(x.shape[0], TILE_ROWS) * triton.cdiv(weights.a.shape[2], triton_shrink.SPLIT_COLUMNS)
+    programs = min(blocks.programs, max(work.items.shape[1], chunks if produce else 0))
+    triton_shrink.shrink_kernel[programs, weights.slices * splits + bool(produce)](
         x,
+        x if made.gain is None else made.gain,
+        made.into,
         weights.a,
         shrunk,
         work.order,
@@ -87,8 +106,11 @@ def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) ->
         work.counts,
         table,
         weights.ranks,
-        x.shape[1],
+        made.eps,
+        x.shape[0],
+        weights.a.shape[2],
         x.stride(0),
+        made.into.stride(0),
         weights.a.shape[1],
         table.shape[1],
         table.shape[2],
@@ -100,6 +122,8 @@ def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) ->
         TILE_ROWS=TILE_ROWS,
         PAGE_ROWS=PAGE_ROWS,
         BLOCK_K=blocks.block_k,
+        CHUNK=triton_shrink.SPLIT_COLUMNS,
+        INPUT=made.by,
         **{**triton_shrink.LAUNCH, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
     )
 

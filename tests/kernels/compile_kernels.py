@@ -26,7 +26,7 @@ from lora_kernels.work_list import TILE_ROWS
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TILES = {"SPLITS": triton_shrink.MOST_SPLITS, "TILE_ROWS": TILE_ROWS, "PAGE_ROWS": PAGE_ROWS}
 
-VALUE_POINTERS = {"x", "a", "y", "b0", "b1", "b2"}
+VALUE_POINTERS = {"x", "gain", "produced", "a", "y", "b0", "b1", "b2"}
 FLOAT32_POINTERS = {"shrunk", "scales"}
 INT32_POINTERS = {"packed", "order", "tiles", "items", "counts", "page_table", "ranks"}
 COUNTS = {"slots", "max_pages", "rows", "tile_capacity", "item_capacity"}
@@ -49,6 +49,9 @@ def compile_kernel(
             signature[name] = "*fp32"
         elif name in INT32_POINTERS:
             signature[name] = "*i32"
+        elif name == "eps":
+            signature[name] = "fp32"
+            continue
         else:
             signature[name] = "i32"
         if name not in COUNTS:
@@ -81,7 +84,7 @@ def main(targets: list[str]) -> None:
                     triton_shrink.shrink_kernel,
                     name,
                     target,
-                    {**TILES, "BLOCK_K": triton_shrink.block_k_of(dtype)},
+                    {**TILES, "BLOCK_K": triton_shrink.block_k_of(dtype), "CHUNK": 1024, "INPUT": "x"},
                     triton_shrink.LAUNCH,
                 ),
                 "expand": compile_kernel(

@@ -13,7 +13,10 @@ import pytest
 
 import lora_kernels
 
-TRITON_MODULES = tuple(f"lora_kernels.triton_{name}" for name in ("shrink", "expand", "work_list", "pool", "path"))
+TRITON_MODULES = tuple(
+    f"lora_kernels.triton_{name}"
+    for name in ("shrink", "expand", "work_list", "pool", "linear", "path", "embed", "fused")
+)
 
 
 @pytest.fixture(scope="package")
