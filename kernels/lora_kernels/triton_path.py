@@ -31,7 +31,7 @@ def apply_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBat
         return
     work = work_of(batch)
     check_rows(work, x.shape[0])
-    splits = triton_shrink.blocks_of(x).splits
+    splits = triton_shrink.blocks_of(x, weights.slices).splits
     # Never filled: expand reads only what shrink wrote.
     shrunk = torch.empty(
         weights.slices, splits, x.shape[0], work.max_pages * PAGE_ROWS, dtype=torch.float32, device=x.device
@@ -70,12 +70,21 @@ def work_of(batch: LoraBatch) -> WorkList:
     return batch.work
 
 
-def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
-    """Launch `shrink_kernel`.   shrunk: [slices, splits, rows, most pages * PAGE_ROWS] float32"""
+def shrink(
+    shrunk: Tensor,
+    x: Tensor,
+    weights: LoraWeights,
+    batch: LoraBatch,
+    blocks: triton_shrink.ShrinkBlocks | None = None,
+) -> None:
+    """Launch `shrink_kernel`.
+
+    shrunk: [slices, splits, rows, most pages * PAGE_ROWS] float32;  blocks: else as tuned for the layer and batch
+    """
     work = work_of(batch)
     table = batch.active.tables[weights.group].table
     splits, rank_columns = shrunk.shape[1], shrunk.shape[3]
-    blocks = triton_shrink.blocks_of(x)
+    blocks = blocks or triton_shrink.blocks_of(x, weights.slices)
     grid = (min(blocks.programs, work.items.shape[1]), weights.slices * splits)
     triton_shrink.shrink_kernel[grid](
         x,
@@ -104,13 +113,19 @@ def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) ->
     )
 
 
-def expand(y: Tensor, shrunk: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
-    """Launch `expand_kernel`.   shrunk: what `shrink` wrote"""
+def expand(
+    y: Tensor,
+    shrunk: Tensor,
+    weights: LoraWeights,
+    batch: LoraBatch,
+    blocks: triton_expand.ExpandBlocks | None = None,
+) -> None:
+    """Launch `expand_kernel`.   shrunk: what `shrink` wrote;  blocks: as `shrink` has them"""
     work = work_of(batch)
     table = batch.active.tables[weights.group].table
     absent = triton_expand.MOST_SLICES - weights.slices
     out_sizes = [b.shape[1] for b in weights.b]
-    blocks = triton_expand.blocks_of(y, out_sizes)
+    blocks = blocks or triton_expand.blocks_of(y, out_sizes)
     column_blocks = sum(triton.cdiv(out, blocks.block_n) for out in out_sizes)
     triton_expand.expand_kernel[(min(blocks.programs, work.tiles.shape[1]), column_blocks)](
         y,
