@@ -45,7 +45,7 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A graph of `run`, which ran before on a stream of its own: kernels are compiled, addresses known."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -84,7 +84,7 @@ def _mixed(results: Sequence[Result]) -> Iterable[float]:
     """Extra a byte of mixed ranks, over extra a byte of the largest of them alone, in the same batch."""
 
     def per_byte(each: Result) -> float:
-        return float(each["metrics"]["ours"]["extra_us"]) / each["setup"]["adapter_bytes"]
+        return float(each["metrics"]["ours"]["extra_us"] / each["setup"]["adapter_bytes"])
 
     def batch(each: Result) -> tuple[object, ...]:
         setup = each["setup"]

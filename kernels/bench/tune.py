@@ -50,8 +50,11 @@ LAYERS = 4
 MARGIN = 0.02
 """A candidate must beat the default by so much: less is noise, and one default is easier to reason about."""
 
-SUMS = {"shrink": {"block_k": (64, 128, 256), "splits": (1, 2, 4, 8)}, "expand": {}}
-DEALING = {
+SUMS: Mapping[str, Mapping[str, Sequence[int]]] = {
+    "shrink": {"block_k": (64, 128, 256), "splits": (1, 2, 4, 8)},
+    "expand": {},
+}
+DEALING: Mapping[str, Mapping[str, Sequence[int]]] = {
     "shrink": {"programs": (264, 528, 1056), "num_warps": (1, 2, 4), "num_stages": (2, 3, 4)},
     "expand": {"block_n": (64, 128, 256), "programs": (264, 528, 1056), "num_warps": (2, 4), "num_stages": (2, 3)},
 }
