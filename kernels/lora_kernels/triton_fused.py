@@ -55,7 +55,7 @@ def _produce(x: Tensor, produce: Produce, weights: LoraWeights, batch: LoraBatch
     check_rows(work, x.shape[0])
     shrunk = empty_shrunk(produce.into, weights, work)
     if x.shape[0]:
-        shrink(shrunk, x, weights, batch, produce)
+        shrink(shrunk, x, weights, batch, produce=produce)
     return produce.into, shrunk
 
 

@@ -38,7 +38,7 @@ def apply_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBat
 
 def empty_shrunk(x: Tensor, weights: LoraWeights, work: WorkList) -> Tensor:
     """What shrink of the input x [rows, in] writes; never filled, for expand reads only what shrink wrote."""
-    shape = weights.slices, triton_shrink.blocks_of(x).splits, x.shape[0], work.max_pages * PAGE_ROWS
+    shape = weights.slices, triton_shrink.blocks_of(x, weights.slices).splits, x.shape[0], work.max_pages * PAGE_ROWS
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
@@ -84,15 +84,24 @@ def work_of(batch: LoraBatch) -> WorkList:
 
 
 def shrink(
-    shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch, produce: triton_shrink.Produce | None = None
+    shrunk: Tensor,
+    x: Tensor,
+    weights: LoraWeights,
+    batch: LoraBatch,
+    blocks: triton_shrink.ShrinkBlocks | None = None,
+    produce: triton_shrink.Produce | None = None,
 ) -> None:
-    """Launch `shrink_kernel`.   shrunk: [slices, splits, rows, most pages * PAGE_ROWS] float32"""
+    """Launch `shrink_kernel`.
+
+    shrunk: [slices, splits, rows, most pages * PAGE_ROWS] float32;  blocks: else as tuned for the layer and batch
+    produce: what becomes of x on the way; else x is the input
+    """
     work = work_of(batch)
     table = batch.active.tables[weights.group].table
     splits, rank_columns = shrunk.shape[1], shrunk.shape[3]
     made = produce or triton_shrink.Produce("x", into=x)
-    blocks = triton_shrink.blocks_of(made.into)
-    chunks = triton.cdiv(x.shape[0], TILE_ROWS) * triton.cdiv(weights.a.shape[2], triton_shrink.SPLIT_COLUMNS)
+    blocks = blocks or triton_shrink.blocks_of(made.into, weights.slices)
+    chunks = triton.cdiv(x.shape[0], TILE_ROWS) * triton.cdiv(weights.a.shape[2], triton_shrink.CHUNK)
     programs = min(blocks.programs, max(work.items.shape[1], chunks if produce else 0))
     triton_shrink.shrink_kernel[programs, weights.slices * splits + bool(produce)](
         x,
@@ -122,19 +131,25 @@ def shrink(
         TILE_ROWS=TILE_ROWS,
         PAGE_ROWS=PAGE_ROWS,
         BLOCK_K=blocks.block_k,
-        CHUNK=triton_shrink.SPLIT_COLUMNS,
+        CHUNK=triton_shrink.CHUNK,
         INPUT=made.by,
         **{**triton_shrink.LAUNCH, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
     )
 
 
-def expand(y: Tensor, shrunk: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
-    """Launch `expand_kernel`.   shrunk: what `shrink` wrote"""
+def expand(
+    y: Tensor,
+    shrunk: Tensor,
+    weights: LoraWeights,
+    batch: LoraBatch,
+    blocks: triton_expand.ExpandBlocks | None = None,
+) -> None:
+    """Launch `expand_kernel`.   shrunk: what `shrink` wrote;  blocks: as `shrink` has them"""
     work = work_of(batch)
     table = batch.active.tables[weights.group].table
     absent = triton_expand.MOST_SLICES - weights.slices
     out_sizes = [b.shape[1] for b in weights.b]
-    blocks = triton_expand.blocks_of(y, out_sizes)
+    blocks = blocks or triton_expand.blocks_of(y, out_sizes)
     column_blocks = sum(triton.cdiv(out, blocks.block_n) for out in out_sizes)
     triton_expand.expand_kernel[(min(blocks.programs, work.tiles.shape[1]), column_blocks)](
         y,

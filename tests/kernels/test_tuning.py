@@ -20,7 +20,7 @@ ENTRY: dict[str, Any] = {
     "kernel": "shrink",
     "device": "cpu",
     "dtype": "float32",
-    "shape": [77],
+    "shape": [77, 3],
     "sums": {"block_k": 16, "splits": 3},
     "dealing": {"16": {"programs": 2}, "128": {"programs": 5, "num_warps": 4}},
     "chosen_by": {},
@@ -39,13 +39,13 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_next_larger_batch_that_was_measured() -> None:
     sums = ENTRY["sums"]
     for rows, dealing in ((1, "16"), (16, "16"), (17, "128"), (4096, "128")):
-        assert tuned("shrink", CPU, torch.float32, (77,), rows) == {**sums, **ENTRY["dealing"][dealing]}
+        assert tuned("shrink", CPU, torch.float32, (77, 3), rows) == {**sums, **ENTRY["dealing"][dealing]}
 
 
 @pytest.mark.usefixtures("table")
 def test_nothing_where_nothing_was_measured() -> None:
-    assert tuned("shrink", CPU, torch.float16, (77,), 16) == {}
-    assert tuned("shrink", CPU, torch.float32, (78,), 16) == {}
+    assert tuned("shrink", CPU, torch.float16, (77, 3), 16) == {}
+    assert tuned("shrink", CPU, torch.float32, (77, 2), 16) == {}
 
 
 @pytest.mark.parametrize("bad", [[ENTRY, ENTRY], [{**ENTRY, "dealing": {}}]])
@@ -60,7 +60,7 @@ def test_a_contradictory_table_is_refused(tmp_path: Path, bad: list[object]) -> 
 def test_the_kernels_launch_with_it_and_compute_the_same(triton_path: ModuleType) -> None:
     pool = build_pool(MIXED_RANKS, 77, QKV)
     y, x = pool.inputs(len(MIXED_ROWS))
-    assert triton_path.triton_shrink.blocks_of(x) == triton_path.triton_shrink.ShrinkBlocks(16, 3, programs=2)
+    assert triton_path.triton_shrink.blocks_of(x, 3) == triton_path.triton_shrink.ShrinkBlocks(16, 3, programs=2)
     assert triton_path.triton_expand.blocks_of(y, QKV).programs == 2
     check(triton_path.apply_lora_triton, pool, MIXED_ROWS)
 
