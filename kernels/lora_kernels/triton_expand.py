@@ -27,13 +27,14 @@ LAUNCH = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 four. Fusion: said outright, because Triton's default is about to change."""
 
 
-def precision_of(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype, amd: bool = torch.version.hip is not None) -> str:
     """How the float32 shrink result meets B on the tensor cores.
 
     TF32 holds a 16-bit B exactly, and three products hold the shrink result to almost all of float32: nothing is
     rounded before y is. One TF32 product would lose 2^-10 of it, a cast to bf16 2^-9, and a cast to fp16 its range.
+    AMD's matrix cores multiply float32 as it is.
     """
-    return "ieee" if dtype is torch.float32 else "tf32x3"
+    return "ieee" if dtype is torch.float32 or amd else "tf32x3"
 
 
 @dataclass(frozen=True, slots=True)
