@@ -75,6 +75,7 @@ def linear_expand(x: Tensor, weight: Tensor, shrunk: Tensor, weights: LoraWeight
     check_shape("weight", weight, sum(out_sizes), x.shape[1])
     work = work_of(batch)
     check_rows(work, x.shape[0])
+    check_shape("shrunk", shrunk, weights.slices, shrunk.shape[1], x.shape[0], work.max_pages * PAGE_ROWS)
     if not x.shape[0]:
         return y
     table = batch.active.tables[weights.group].table

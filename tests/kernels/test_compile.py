@@ -1,4 +1,4 @@
-"""Every kernel compiles for every dtype on the GPUs we name, spills nothing, and takes what the checked-in table says."""
+"""Every kernel compiles for every dtype on the GPUs we name, spills nothing, takes what the table says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 
 TARGETS = ["sm_80", "sm_90", "gfx942"]
 DTYPES = ["fp32", "fp16", "bf16"]

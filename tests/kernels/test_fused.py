@@ -142,3 +142,5 @@ def test_bad_tensors_are_refused(fused: ModuleType) -> None:
         fused.silu_shrink(x, pool.weights, batch)
     with pytest.raises(ShapeMismatch, match="weight"):
         fused.linear_expand(x, torch.ones(sum(QKV), 41), torch.empty(3, 1, 2, 64), pool.weights, batch)
+    with pytest.raises(ShapeMismatch, match="shrunk"):
+        fused.linear_expand(x, weight_of(pool), torch.empty(3, 1, 1, 64), pool.weights, batch)
