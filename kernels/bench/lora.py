@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-if "cpu" in sys.argv:  # decided when a kernel is decorated, so before any is imported
+if {"cpu", "--device=cpu"} & set(sys.argv):  # decided when a kernel is decorated, so before any is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -191,7 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cuda":
         cuda.require()
     torch.manual_seed(0)
-    sources = peers.fetch() if options.peers == "fetch" else None
+    try:
+        sources = peers.fetch() if options.peers == "fetch" else None
+    except subprocess.CalledProcessError:
+        sys.exit("the peers' wheels could not be downloaded; --peers none goes without them")
     if options.device == "cpu":
         for case in INTERPRETED:
             print(json.dumps(run_case(case, options, sources, bandwidth=1.0)))

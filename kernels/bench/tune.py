@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-if "cpu" in sys.argv:  # decided when a kernel is decorated, so before any is imported
+if {"cpu", "--device=cpu"} & set(sys.argv):  # decided when a kernel is decorated, so before any is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch

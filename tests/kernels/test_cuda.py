@@ -108,6 +108,7 @@ def test_one_graph_serves_every_mix(dtype: torch.dtype) -> None:
         assert bits(result).equal(bits(own)), row_slots
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_step_does_not_wait_for_the_device() -> None:
     from lora_kernels.triton_work_list import build_work_list
 
@@ -123,6 +124,7 @@ def test_a_step_does_not_wait_for_the_device() -> None:
             apply_lora(y, x, weights, batch)
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_capturing_without_fixed_buffers_is_refused() -> None:
     pool = build_pool(MIXED_RANKS, 40, QKV)
     weights, (y, x) = weights_on_gpu(pool.weights), (each.cuda() for each in pool.inputs(1))
