@@ -90,10 +90,10 @@ def _mixed(results: Sequence[Result]) -> Iterable[float]:
         setup = each["setup"]
         return setup["rows"], setup["adapters"], setup["popularity"], setup["segments"]
 
-    largest = {batch(each): each for each in results if each["setup"]["ranks"] == [64]}
+    largest = {batch(each): per_byte(each) for each in results if each["setup"]["ranks"] == [64]}
     for each in results:
-        if len(each["setup"]["ranks"]) > 1 and batch(each) in largest:
-            yield per_byte(each) / per_byte(largest[batch(each)])
+        if len(each["setup"]["ranks"]) > 1 and largest.get(batch(each), 0) > 0:
+            yield per_byte(each) / largest[batch(each)]
 
 
 def _against(results: Iterable[Result], peer: str) -> Iterable[float]:
