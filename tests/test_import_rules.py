@@ -63,6 +63,10 @@ def test_kernels_import_numpy_torch_and_triton_only() -> None:
     assert offenders("kernels/lora_kernels", ("lora_kernels", "numpy", "torch", "triton")) == []
 
 
+def test_kernel_benchmarks_run_on_a_bare_image() -> None:
+    assert offenders("kernels/bench", ("kernels.bench", "lora_kernels", "numpy", "torch", "triton")) == []
+
+
 def test_engine_imports_the_standard_library_and_config_only() -> None:
     assert offenders("services/inference/engine", ("services.inference.engine", "services.inference.config")) == []
 

@@ -46,6 +46,19 @@ def apply_lora_torch(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatc
         _apply_together(y, x, gathered, batch.foreign(weights.group), ranks)
 
 
+def apply_lora_embedding_torch(y: Tensor, token_ids: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
+    """Add each row's adapter of the embedding to `y` in place: see `lora_kernels.dispatch.apply_lora_embedding`."""
+    gathered = _gather(weights, batch.active)
+    (spans,) = batch.active.rank_rows(weights.group).spans
+    vocabulary = gathered.a.shape[1]
+    known = (token_ids >= 0) & (token_ids < vocabulary)
+    shrunk = gathered.a[:, token_ids.clamp(0, vocabulary - 1)].T.masked_fill(~known[:, None], 0.0)
+    for slot, first, end in batch.segments:
+        if slot in spans:
+            low, high = spans[slot]
+            _add_product(y[first:end], shrunk[first:end, low:high], gathered.b[0][low:high])
+
+
 def _runs_are_long(batch: LoraBatch) -> bool:
     return len(batch.active.slots) > 1 and len(batch.row_slots) >= SEGMENT_ROWS * max(1, len(batch.segments))
 

@@ -13,12 +13,15 @@ import pytest
 
 import lora_kernels
 
-TRITON_MODULES = tuple(f"lora_kernels.triton_{name}" for name in ("shrink", "expand", "work_list", "path"))
+TRITON_MODULES = tuple(
+    f"lora_kernels.triton_{name}"
+    for name in ("shrink", "expand", "work_list", "pool", "linear", "path", "embed", "fused")
+)
 
 
 @pytest.fixture(scope="package")
-def triton_path() -> Iterator[ModuleType]:
-    """`lora_kernels.triton_path` as the interpreter runs it, a copy that nothing else in this process imports.
+def interpreted() -> Iterator[dict[str, ModuleType]]:
+    """`lora_kernels.triton_*` as the interpreter runs them, copies that nothing else in this process imports.
 
     A kernel is interpreted or compiled for good at the moment it is decorated: so the switch is on for one fresh
     import, and then the modules are taken away again, for whoever imports the real ones. Triton itself is imported
@@ -29,7 +32,7 @@ def triton_path() -> Iterator[ModuleType]:
     attributes = {name: vars(lora_kernels).pop(name, None) for name in map(_last_part, TRITON_MODULES)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        interpreted = importlib.import_module("lora_kernels.triton_path")
+        copies = {_last_part(name): importlib.import_module(name) for name in TRITON_MODULES}
     for name in TRITON_MODULES:
         del sys.modules[name]
         delattr(lora_kernels, _last_part(name))
@@ -37,7 +40,13 @@ def triton_path() -> Iterator[ModuleType]:
     vars(lora_kernels).update({name: module for name, module in attributes.items() if module is not None})
     with pytest.MonkeyPatch.context() as patch:
         _mend_dot(patch)
-        yield interpreted
+        _mend_bfloat16(patch)
+        yield copies
+
+
+@pytest.fixture(scope="package")
+def triton_path(interpreted: dict[str, ModuleType]) -> ModuleType:
+    return interpreted["triton_path"]
 
 
 def _last_part(name: str) -> str:
@@ -62,3 +71,22 @@ def _mend_dot(patch: pytest.MonkeyPatch) -> None:
         return TensorHandle((product + c.data).astype(c.data.dtype), c.dtype.scalar)
 
     patch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
+def _mend_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts float32 off to bf16, where a GPU rounds to the nearest."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def rounding(original: Any) -> Any:
+        def cast(builder: Any, source: Any, dtype: Any, *mode: Any) -> Any:
+            if dtype.scalar != tl.bfloat16:
+                return original(builder, source, dtype, *mode)
+            wide = source.data.astype(np.float32).view(np.uint32)
+            nearest = (wide + 0x7FFF + (wide >> 16 & 1)) >> 16
+            return TensorHandle(np.where(np.isnan(source.data), 0x7FC0, nearest).astype(np.uint16), tl.bfloat16)
+
+        return cast
+
+    for name in ("create_fp_trunc", "create_fp_to_fp"):  # the second is how fp16 becomes bf16
+        patch.setattr(InterpreterBuilder, name, rounding(getattr(InterpreterBuilder, name)))
