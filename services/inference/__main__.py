@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=W",
         help="fair share of a tenant, or of an adapter (tenant/name) within it, where it is not 1; may be repeated",
     )
-    add("--kv-cache-memory-bytes", defaults["kv_cache_memory_bytes"], "bytes of the KV cache")
+    add("--kv-cache-memory-bytes", defaults["kv_cache_memory_bytes"], "bytes of the KV cache, on a CPU")
+    add("--gpu-memory-utilization", defaults["gpu_memory_utilization"], "share of a GPU that may be taken")
     add("--threads", defaults["threads"], "threads of the forward pass; 0: the cores this process may use")
     parser.add_argument(
         "--engine-process",

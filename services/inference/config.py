@@ -129,6 +129,8 @@ class ServerConfig:
     store_credentials: what the store is shown
     adapter_root: directory beneath which adapters may be loaded by path; None refuses paths
     warm_adapters: adapter references that must be resident before the service is ready
+    kv_cache_memory_bytes: bytes of the KV cache on a CPU
+    gpu_memory_utilization: share of a device's memory that may be taken; the KV cache gets what the rest leaves of it
     threads: 0 takes the cores this process may use
     engine_process: whether the engine runs in a process of its own
     metrics_top_adapters: adapters with metrics of their own; the others' are one
@@ -162,6 +164,7 @@ class ServerConfig:
     step_seconds: float = 0.1
     weights: Mapping[str, float] = field(default_factory=dict)
     kv_cache_memory_bytes: int = 1 << 30
+    gpu_memory_utilization: float = 0.9
     shutdown_grace: float = 30.0
     threads: int = 0
     engine_process: bool = True
@@ -179,6 +182,8 @@ class ServerConfig:
             raise ConfigError(f"--dtype is {self.dtype!r}; served are auto, float32 and bfloat16")
         if self.device != "cpu":
             raise ConfigError(f"--device is {self.device!r}; only cpu is served yet")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be above 0, up to 1")
         if self.cpu_backend not in ("auto", "compiled", "torch"):
             raise ConfigError(f"--cpu-backend is {self.cpu_backend!r}; there are auto, compiled and torch")
         if not self.model.exists():

@@ -12,6 +12,7 @@ import torch
 from lora_kernels.cpu import UnavailableError, load_library
 from lora_kernels.cpu.build import level_of_this_machine
 from lora_kernels.cpu.decoder import LANES
+from services.common.memory_plan import MemoryPlan
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.config import ConfigError, ServerConfig
 from services.inference.engine.interfaces import Runner
@@ -19,9 +20,11 @@ from services.inference.model.attention import KVCache
 from services.inference.model.compiled_runner import CompiledRunner, compiled_cache, compiled_decoder
 from services.inference.model.config import ModelConfig
 from services.inference.model.decoder import Decoder
+from services.inference.model.device_memory import DeviceMemory
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
 from services.inference.model.weights import load_weights
+from services.inference.model.widest_step import measured_activations
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +41,27 @@ def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool
     if compiled:
         cache = compiled_cache(model, num_blocks, config.block_size)
         return CompiledRunner(compiled_decoder(model, weights, cache, pool, threads), cache, pool, sampler)
-    paged = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
-    return ModelRunner(Decoder(model, weights), paged, pool, sampler)
+    return ModelRunner(Decoder(model, weights), _paged_cache(config, model, num_blocks), pool, sampler)
+
+
+def build_planned_runner(
+    config: ServerConfig, model: ModelConfig, plan: MemoryPlan, pool: SlotPool, sampler: Sampler, memory: DeviceMemory
+) -> tuple[Runner, MemoryPlan]:
+    """The torch path on a device: load the weights, measure the widest step, and give the KV cache what that leaves.
+
+    Raises FailedPrecondition when it leaves too little.
+    """
+    decoder = Decoder(model, load_weights(config.model, model))
+
+    def runner(num_blocks: int) -> Runner:
+        return ModelRunner(decoder, _paged_cache(config, model, num_blocks), pool, sampler)
+
+    plan = plan.with_activations(measured_activations(runner, plan.room, pool, memory))
+    return runner(plan.num_blocks), plan
+
+
+def _paged_cache(config: ServerConfig, model: ModelConfig, num_blocks: int) -> KVCache:
+    return KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
 
 
 def available_cores() -> int:
