@@ -41,6 +41,8 @@ def apply_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBat
         weights.slices, splits, x.shape[0], work.max_pages * PAGE_ROWS, dtype=torch.float32, device=x.device
     )
     shrink(shrunk, x, weights, batch)
+    if batch.sum_shrunk is not None:
+        batch.sum_shrunk(shrunk)
     expand(y, shrunk, weights, batch)
 
 

@@ -43,6 +43,8 @@ def plan(
     block_size: Annotated[int, typer.Option(min=1)] = 16,
     gpu_memory_utilization: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.9,
     kv_cache_memory_bytes: Annotated[int, typer.Option(min=1, help="On a CPU.")] = 1 << 30,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="The plan is one GPU's.")] = 1,
+    fully_sharded_loras: Annotated[bool, typer.Option("--fully-sharded-loras")] = False,
     output: Output = Format.TABLE,
 ) -> None:
     """Say what a replica needs: give one of --from-metrics and --config.
@@ -68,6 +70,8 @@ def plan(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
+        tensor_parallel_size=tensor_parallel_size,
+        fully_sharded_loras=fully_sharded_loras,
     )
     gpu = None if device_gib is None else (device_gib, gpu_memory_utilization)
     print_memory_plan(config, room, gpu, kv_cache_memory_bytes, ranks or [8, 16, 32, 64], output)

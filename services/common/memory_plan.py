@@ -1,9 +1,11 @@
 """What a replica's memory goes to, from a model's config and the room asked for: known before a weight is read.
 
-weights          every tensor of the decoder, and its rotary tables
-slot pool        max_loras × max_lora_rank, in rank pages, per layer and linear by its exact shape
-activations      what the widest step holds at once: computed here, measured by a device that can
-KV cache         the rest of what the device may give; on a CPU what the flags say
+- weights: every tensor of the decoder, and its rotary tables
+- slot pool: max_loras × max_lora_rank, in rank pages, per layer and linear by its exact shape
+- activations: what the widest step holds at once, computed here, measured by a device that can
+- KV cache: the rest of what the device may give; on a CPU what the flags say
+
+Of a model that is cut among ranks these are one rank's; `services/inference/parallel/shard.py` says how it is cut.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 from services.common.errors import FailedPrecondition
 from services.common.packed import ITEM_SIZES
-from services.common.profile import linear_shapes
+from services.common.profile import check_parts, linear_shapes
 
 PAGE_ROWS = 16
 """Rank rows of a page, as `lora_kernels` has it; a test holds the two together."""
@@ -32,6 +34,8 @@ class Room:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    tensor_parallel_size: int = 1
+    fully_sharded_loras: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class MemoryPlan:
         room = self.room
         pages = paged(room.max_lora_rank) // PAGE_ROWS
         rows = [
-            PlanRow("weights", self.weights, room.dtype),
+            PlanRow("weights", self.weights, room.dtype + self._part),
             PlanRow("slot pool", self.slot_pool, f"{room.max_loras} adapters × {pages} pages of {PAGE_ROWS} ranks"),
             PlanRow(
                 "activations",
@@ -125,6 +129,11 @@ class MemoryPlan:
         return "\n".join(f"{what:<{widths[0]}}  {size:>{widths[1]}}  {how}" for what, size, how in lines)
 
     @property
+    def _part(self) -> str:
+        size = self.room.tensor_parallel_size
+        return "" if size == 1 else f"; all this on each of {size} ranks"
+
+    @property
     def _needs(self) -> int:
         return self.weights + self.slot_pool + self.activations
 
@@ -138,9 +147,10 @@ class MemoryPlan:
     def _too_small(self, lacking: int) -> FailedPrecondition:
         assert self.device is not None
         device, room = self.device, self.room
+        activations = f", activations {mib(self.activations)}" if self.activations else ""
         taken = (
-            f"weights {mib(self.weights)}, slot pool {mib(self.slot_pool)}, activations {mib(self.activations)} and "
-            f"the KV cache of one request of {room.max_model_len} tokens {mib(self.least_kv_cache)}"
+            f"weights {mib(self.weights)}, slot pool {mib(self.slot_pool)}{activations} and the KV cache of one "
+            f"request of {room.max_model_len} tokens {mib(self.least_kv_cache)}"
         )
         return FailedPrecondition(
             "DEVICE_TOO_SMALL",
@@ -155,42 +165,54 @@ class MemoryPlan:
         """What to lower: the flags that alone could give what is lacking, else all of them."""
         assert self.device is not None
         if self.weights >= self.device.budget:
-            return "the weights alone do not fit; take a larger device, or raise --gpu-memory-utilization"
-        by_flag = {
-            "--max-loras or --max-lora-rank": self.slot_pool,
-            "--max-num-batched-tokens or --max-num-seqs": self.activations,
-            "--max-model-len": self.least_kv_cache,
-        }
+            return (
+                "the weights alone do not fit; raise --tensor-parallel-size or --gpu-memory-utilization, or take a "
+                "larger device"
+            )
+        by_flag = {"--max-loras or --max-lora-rank": self.slot_pool, "--max-model-len": self.least_kv_cache}
+        if self.activations:
+            by_flag["--max-num-batched-tokens or --max-num-seqs"] = self.activations
         enough = [flags for flags, size in by_flag.items() if size > lacking]
         return "lower " + (", or ".join(enough) if enough else ", and ".join(by_flag))
 
 
 def plan_memory(
-    config: Mapping[str, Any], room: Room, *, kv_cache_bytes: int = 0, device: Device | None = None
+    config: Mapping[str, Any],
+    room: Room,
+    *,
+    kv_cache_bytes: int = 0,
+    device: Device | None = None,
+    activations: int | None = None,
 ) -> MemoryPlan:
     """Plan a model (its Hugging Face config) into a device, or, without one, by the bytes the flags give the KV cache.
 
-    Raises FailedPrecondition when the device is too small, InvalidArgument when the config lacks a field.
+    activations: 0 where they are to be measured; None computes them
+    Raises FailedPrecondition when the device is too small, or the model cannot be cut into so many parts;
+    InvalidArgument when the config lacks a field.
     """
+    check_parts(config, room.tensor_parallel_size, room.fully_sharded_loras)
     item = ITEM_SIZES[room.dtype]
     plan = MemoryPlan(
         room=room,
-        weights=weight_elements(config, room.max_model_len) * item,
-        slot_pool=adapter_elements(config, paged(room.max_lora_rank)) * room.max_loras * item,
-        activations=activation_bytes(config, room),
-        block_bytes=kv_elements(config) * item * room.block_size,
-        kv_cache=kv_cache_bytes,
+        weights=weight_elements(config, room.max_model_len, room.tensor_parallel_size) * item,
+        slot_pool=room.max_loras
+        * adapter_elements(config, paged(room.max_lora_rank), room.tensor_parallel_size, room.fully_sharded_loras)
+        * item,
+        activations=activation_bytes(config, room) if activations is None else activations,
+        block_bytes=kv_elements(config) // room.tensor_parallel_size * item * room.block_size,
+        kv_cache=kv_cache_bytes // room.tensor_parallel_size,
         device=device,
     )
     return plan if device is None else plan._filled()
 
 
-def weight_elements(config: Mapping[str, Any], max_model_len: int) -> int:
-    """Numbers in the decoder's tensors, and in the rotary tables of that many positions."""
+def weight_elements(config: Mapping[str, Any], max_model_len: int, ranks: int = 1) -> int:
+    """Numbers in the decoder's tensors, or one rank's, and in the rotary tables of that many positions."""
     hidden, vocab, layers = (int(config[key]) for key in ("hidden_size", "vocab_size", "num_hidden_layers"))
     linears = sum(shape.in_features * shape.out_features for shape in linear_shapes(config).values())
-    embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return linears + embeddings + (2 * layers + 1) * hidden + 2 * max_model_len * _head_dim(config)
+    head = 0 if config.get("tie_word_embeddings") else -(-vocab // ranks) * hidden
+    norms = (2 * layers + 1) * hidden
+    return linears // ranks + vocab * hidden + head + norms + 2 * max_model_len * _head_dim(config)
 
 
 def kv_elements(config: Mapping[str, Any]) -> int:
@@ -199,9 +221,18 @@ def kv_elements(config: Mapping[str, Any]) -> int:
     return sum(shape.out_features for name, shape in shapes.items() if name.endswith(("k_proj", "v_proj")))
 
 
-def adapter_elements(config: Mapping[str, Any], rank: int) -> int:
-    """Numbers of an adapter of this rank on every linear: A [rank, in] and B [rank, out] of each, exactly."""
-    return rank * sum(shape.in_features + shape.out_features for shape in linear_shapes(config).values())
+def adapter_elements(config: Mapping[str, Any], rank: int, ranks: int = 1, fully_sharded: bool = False) -> int:
+    """Numbers of an adapter of this rank on every linear: A [rank, in] and B [rank, out] of each, exactly.
+
+    Of those a rank of `ranks` has the half that is cut as the linear is, and the other whole unless `fully_sharded`.
+    """
+    others = ranks if fully_sharded else 1
+    numbers = 0
+    for name, shape in linear_shapes(config).items():
+        cut_by_input = name.endswith(("o_proj", "down_proj"))
+        numbers += shape.in_features // (ranks if cut_by_input else others)
+        numbers += shape.out_features // (others if cut_by_input else ranks)
+    return rank * numbers
 
 
 def adapter_elements_by_thumb(config: Mapping[str, Any], rank: int) -> int:
@@ -224,7 +255,8 @@ def activation_bytes(config: Mapping[str, Any], room: Room) -> int:
         *(int(config[key]) for key in ("hidden_size", "intermediate_size", "vocab_size")),
     )
     shapes = {name.split(".", 3)[3]: shape for name, shape in linear_shapes(config).items()}
-    qkv = sum(shapes[f"self_attn.{name}_proj"].out_features for name in "qkv")
+    qkv = sum(shapes[f"self_attn.{name}_proj"].out_features for name in "qkv") // room.tensor_parallel_size
+    inner //= room.tensor_parallel_size
     widest_slice = max(shape.out_features for shape in shapes.values())
     widest_input = max(shape.in_features for shape in shapes.values())
     most_slices = 3

@@ -32,6 +32,7 @@ from services.inference.model.layers import RotaryEmbedding
 from services.inference.model.lora import group_shapes
 from services.inference.model.weights import load_weights
 from services.inference.model.widest_step import token_counts
+from services.inference.parallel.shard import Shard
 from tests.conftest import inference_config
 
 MIB = 1 << 20
@@ -132,12 +133,16 @@ def test_on_a_cpu_the_flags_decide() -> None:
     assert "as the flags say" in plan.table() and "no device to fill" in plan.table()
 
 
-def test_the_numbers_are_those_of_the_tensors(tiny_model: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_numbers_are_those_of_the_tensors(ranks: int, tiny_model: Path) -> None:
+    shard = Shard(ranks - 1, ranks)
     model = load_config(tiny_model, dtype="float32", max_model_len=256)
     room = replace(ROOM, dtype="float32", max_loras=3, max_lora_rank=40, max_model_len=256)
+    room = replace(room, tensor_parallel_size=ranks)
     plan = plan_memory(model.hf_config, room, kv_cache_bytes=1 << 20)
     rotary = RotaryEmbedding(model).at(torch.arange(256))
-    assert plan.weights == _bytes(load_weights(tiny_model, model).values()) + _bytes(rotary)
+    assert plan.weights == _bytes(load_weights(tiny_model, model, shard).values()) + _bytes(rotary)
+    model = shard.config(model)
     pool = SlotPool(group_shapes(model), model.num_layers, 3, 40, model.dtype)
     assert plan.slot_pool == sum(_bytes((w.a, *w.b)) for groups in pool.weights for w in groups.values())
     cache = KVCache(model.num_layers, 7, 16, model.num_kv_heads, model.head_dim, model.dtype)
@@ -207,11 +212,15 @@ def test_memory_that_others_hold_is_not_counted_on(tiny_model: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("gib", "room", "says"),
     [
-        (10, ROOM, "the weights alone do not fit; take a larger device"),
+        (10, ROOM, "the weights alone do not fit; raise --tensor-parallel-size"),
         (20, replace(ROOM, max_loras=64), "lower --max-loras or --max-lora-rank$"),
         (24, replace(ROOM, max_model_len=65536), "lower --max-model-len$"),
         (24, replace(ROOM, max_loras=16, max_model_len=32768), "--max-loras or --max-lora-rank, or --max-model-len$"),
-        (24, replace(ROOM, max_loras=40, max_model_len=65536), "--max-lora-rank, and .*, and --max-model-len$"),
+        (
+            24,
+            replace(ROOM, max_loras=40, max_model_len=65536),
+            "--max-lora-rank, and --max-model-len, and --max-num-.*$",
+        ),
     ],
 )
 def test_what_to_lower_is_what_would_do(gib: int, room: Room, says: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_kernels import PAGE_ROWS, LoraWeights, PageTable
 from services.inference.adapters.packed_adapter import ModuleTensors
-from services.inference.model.lora import LINEAR_GROUPS, GroupShape
+from services.inference.model.lora import LINEAR_GROUPS, GroupShape, columns_of
 from services.inference.model.memory import reserve
 
 
@@ -52,6 +52,8 @@ class SlotPool:
     weights: weights[layer][group], fixed in memory for the pool's life
     tables: the page table of each group
     num_slots: most adapters resident; `max_loras` unless `max_resident` says more
+
+    Where `shapes` are narrower than an adapter, the pool is a part of one: that of `rank`.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class SlotPool:
         max_lora_rank: int,
         dtype: torch.dtype,
         max_resident: int = 0,
+        rank: int = 0,
     ) -> None:
+        self._rank = rank
         self.num_slots = max_resident or max_loras
         self.max_lora_rank = max_lora_rank
         self.dtype = dtype
@@ -149,8 +153,8 @@ class SlotPool:
                 for groups, module in zip(self.weights, modules, strict=True):
                     a, b = groups[group].a.select(0, index), groups[group].b[index]
                     for number, page in enumerate(slot.pages.get(linear, ())):
-                        _fill(a, page, None if module is None else module.a, number)
-                        _fill(b, page, None if module is None else module.b, number)
+                        _fill(a, page, None if module is None else columns_of(module.a, a.shape[1], self._rank), number)
+                        _fill(b, page, None if module is None else columns_of(module.b, b.shape[1], self._rank), number)
 
     def _set_table(self, slot: Slot) -> None:
         for group, table in self.tables.items():
