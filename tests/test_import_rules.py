@@ -106,6 +106,10 @@ def test_only_the_manager_calls_the_owners_of_adapters() -> None:
         "services/inference/model/backend.py",
         "services/inference/model/compiled_runner.py",
         "services/inference/model/runner.py",
+        "services/inference/model/widest_step.py",
+        "services/inference/parallel/messages.py",
+        "services/inference/parallel/worker.py",
+        "services/inference/parallel/workers.py",
         "services/bench/engine/steps.py",
     }
     for owner in owners:

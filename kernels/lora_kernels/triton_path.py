@@ -33,6 +33,8 @@ def apply_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBat
     check_rows(work, x.shape[0])
     shrunk = empty_shrunk(x, weights, work)
     shrink(shrunk, x, weights, batch)
+    if batch.sum_shrunk is not None:
+        batch.sum_shrunk(shrunk)
     expand(y, shrunk, weights, batch)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_kernels.cpu import UnavailableError, load_library
 from lora_kernels.cpu.build import level_of_this_machine
 from lora_kernels.cpu.decoder import LANES
+from services.common.memory_plan import MemoryPlan
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.config import ConfigError, ServerConfig
 from services.inference.engine.interfaces import Runner
@@ -19,9 +22,16 @@ from services.inference.model.attention import KVCache
 from services.inference.model.compiled_runner import CompiledRunner, compiled_cache, compiled_decoder
 from services.inference.model.config import ModelConfig
 from services.inference.model.decoder import Decoder
+from services.inference.model.device_memory import DeviceMemory
+from services.inference.model.lora import group_shapes
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
 from services.inference.model.weights import load_weights
+from services.inference.model.widest_step import measured_activations
+from services.inference.parallel.collectives import ALONE, Collectives, Group
+from services.inference.parallel.messages import SetBlocks
+from services.inference.parallel.shard import WHOLE, Shard
+from services.inference.parallel.workers import ParallelRunner, Workers
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +41,84 @@ def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool
 
     Raises ConfigError when the compiled path is asked for and cannot be had.
     """
-    threads = config.threads or available_cores()
-    torch.set_num_threads(threads)
+    threads = set_threads(config)
     compiled = _compiled_can_be_had(config)
-    weights = load_weights(config.model, model)
     if compiled:
+        weights = load_weights(config.model, model)
         cache = compiled_cache(model, num_blocks, config.block_size)
         return CompiledRunner(compiled_decoder(model, weights, cache, pool, threads), cache, pool, sampler)
-    paged = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
-    return ModelRunner(Decoder(model, weights), paged, pool, sampler)
+    return ModelRunner(load_decoder(config, model, ALONE), paged_cache(config, model, num_blocks), pool, sampler)
+
+
+def build_planned_runner(
+    config: ServerConfig,
+    model: ModelConfig,
+    plan: MemoryPlan,
+    pool: SlotPool,
+    sampler: Sampler,
+    memory: DeviceMemory | None,
+    workers: Workers | None,
+) -> tuple[Runner, MemoryPlan]:
+    """A runner with the KV blocks of the plan; on a device of those that its widest step, measured, leaves.
+
+    workers: the other ranks, which are joined here
+    Raises FailedPrecondition when too few are left, Internal when a rank cannot be had.
+    """
+    if memory is None and workers is None:
+        return build_runner(config, model, plan.num_blocks, pool, sampler), plan
+    make = _torch_runners(config, model, pool, sampler, workers)
+    if memory is not None:
+        plan = plan.with_activations(measured_activations(make, plan.room, pool, memory))
+    return make(plan.num_blocks), plan
+
+
+def _torch_runners(
+    config: ServerConfig, model: ModelConfig, pool: SlotPool, sampler: Sampler, workers: Workers | None
+) -> Callable[[int], Runner]:
+    """Load the weights; what is returned makes a runner with so many KV blocks, on all ranks."""
+    set_threads(config)
+    if workers is None:
+        decoder = load_decoder(config, model, ALONE)
+        return lambda num_blocks: ModelRunner(decoder, paged_cache(config, model, num_blocks), pool, sampler)
+    ranks = Group(workers.shard)
+    decoder, part = load_decoder(config, model, ranks), workers.shard.config(model)
+    workers.join()
+
+    def make(num_blocks: int) -> Runner:
+        workers.send(SetBlocks(num_blocks))
+        return ParallelRunner(workers, decoder, paged_cache(config, part, num_blocks), pool, sampler, ranks)
+
+    return make
+
+
+def pool_settings(config: ServerConfig, model: ModelConfig, shard: Shard = WHOLE) -> dict[str, Any]:
+    """What a `SlotPool` for a rank's part of this model is made with."""
+    room, part = config.adapters, shard.config(model)
+    return {
+        "shapes": group_shapes(part, shard.adapter_parts),
+        "num_layers": part.num_layers,
+        "max_loras": room.max_loras,
+        "max_lora_rank": room.max_lora_rank,
+        "dtype": part.dtype,
+        "max_resident": room.num_slots,
+        "rank": shard.rank,
+    }
+
+
+def load_decoder(config: ServerConfig, model: ModelConfig, ranks: Collectives) -> Decoder:
+    """A rank's part of the model, which is all of it for `ALONE`."""
+    return Decoder(ranks.shard.config(model), load_weights(config.model, model, ranks.shard), ranks)
+
+
+def set_threads(config: ServerConfig) -> int:
+    """Threads of the forward pass, shared out among the ranks of this host."""
+    threads = max(1, (config.threads or available_cores()) // config.tensor_parallel_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def paged_cache(config: ServerConfig, model: ModelConfig, num_blocks: int) -> KVCache:
+    return KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
 
 
 def available_cores() -> int:
