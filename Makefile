@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store demo-secure serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak k8s-check images test test-asan test-engine-long test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store demo-secure serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak k8s-check images gpu test-gpu bench-gpu test test-asan test-engine-long test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -101,6 +101,22 @@ test-engine-long: $(VENV)/.dev ## the whole engine under 2,000 random histories,
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
 	$(RUN_TESTS) -q -m "not slow and not cuda"
+
+# The kernels' programs for a GPU need no environment: any Python with torch and triton, PYTHON=... where it is another.
+GPU_PYTHON = PYTHONPATH=.:kernels:.data/gpu-tests $(PYTHON)
+GPU_TESTS  = pytest pytest-timeout hypothesis
+
+gpu:
+	@$(PYTHON) -c 'import torch, triton' || { echo 'no torch or no triton for $(PYTHON): name another with PYTHON=...'; exit 1; }
+	@$(GPU_PYTHON) -m kernels.bench.cuda
+
+test-gpu: gpu ## the kernels on a CUDA GPU; on any image with torch and triton
+	@$(GPU_PYTHON) -c 'import pytest, pytest_timeout, hypothesis' 2>/dev/null || $(PYTHON) -m pip install --quiet \
+	    --disable-pip-version-check --constraint constraints.txt --target .data/gpu-tests $(GPU_TESTS)
+	$(GPU_PYTHON) -m pytest -q -m cuda --confcutdir tests/kernels tests/kernels
+
+bench-gpu: gpu ## the kernels beside the base, the bytes, vLLM's and SGLang's (BENCH_FLAGS=--quick: a fifth)
+	@$(GPU_PYTHON) -m kernels.bench.lora $(BENCH_FLAGS)
 
 bench-store: $(VENV)/.servers ## the store beside bare programs, within six minutes (BENCH_FLAGS=--quick: one)
 	@$(BIN)/python -m services.bench.store $(BENCH_FLAGS)

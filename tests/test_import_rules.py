@@ -64,6 +64,10 @@ def test_kernels_import_numpy_torch_and_triton_only() -> None:
     assert offenders("kernels/attention_kernels", ("attention_kernels", "torch", "triton")) == []
 
 
+def test_kernel_benchmarks_run_on_a_bare_image() -> None:
+    assert offenders("kernels/bench", ("kernels.bench", "lora_kernels", "numpy", "torch", "triton")) == []
+
+
 def test_engine_imports_the_standard_library_and_config_only() -> None:
     assert offenders("services/inference/engine", ("services.inference.engine", "services.inference.config")) == []
 
@@ -105,6 +109,10 @@ def test_only_the_manager_calls_the_owners_of_adapters() -> None:
         "services/inference/model/compiled_runner.py",
         "services/inference/model/gpu_runner.py",
         "services/inference/model/runner.py",
+        "services/inference/model/widest_step.py",
+        "services/inference/parallel/messages.py",
+        "services/inference/parallel/worker.py",
+        "services/inference/parallel/workers.py",
         "services/bench/engine/gpu.py",
         "services/bench/engine/steps.py",
     }

@@ -3,7 +3,7 @@
 Imports torch and (lazily) triton, nothing else of this project.
 """
 
-from lora_kernels.dispatch import apply_lora
+from lora_kernels.dispatch import apply_lora, apply_lora_embedding
 from lora_kernels.errors import LoraInputError
 from lora_kernels.layout import PAGE_ROWS, ActiveSet, LoraBatch, LoraWeights, PageTable
 from lora_kernels.work_list import BASE_ROW, WorkList
@@ -18,4 +18,5 @@ __all__ = [
     "PageTable",
     "WorkList",
     "apply_lora",
+    "apply_lora_embedding",
 ]

@@ -6,7 +6,8 @@ LoraInputError (ValueError)
 ├── MixedDtypes         x, y and the pool differ, or none of fp32, fp16 and bf16
 ├── NotContiguous       the values of a row do not lie side by side
 ├── ShapeMismatch       x, y and the pool disagree about rows or columns
-└── RankOverPool        an adapter has more ranks than its pages hold
+├── RankOverPool        an adapter has more ranks than its pages hold
+└── PageConflict        a page would be written twice, or read and written, by copies that have no order
 """
 
 from __future__ import annotations
@@ -37,4 +38,8 @@ class ShapeMismatch(LoraInputError):
 
 
 class RankOverPool(LoraInputError):
+    pass
+
+
+class PageConflict(LoraInputError):
     pass

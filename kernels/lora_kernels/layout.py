@@ -12,7 +12,7 @@ rank in a layer are zero in both A and B. Which pages is the `PageTable`'s to sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -138,11 +138,14 @@ class LoraBatch:
     row_slots: [rows] int32, `BASE_ROW` for the base model
     work: the kernels' work list, where it lies in fixed buffers; else the first layer that asks makes the batch's own,
         shared by all the others
+    sum_shrunk: where A is cut by its inputs among processes that each have the columns of x for their part: adds up
+        their shrink results, float32, in place
     """
 
     row_slots: Tensor
     active: ActiveSet
     work: WorkList | None = None
+    sum_shrunk: Callable[[Tensor], object] | None = None
     _foreign: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @cached_property

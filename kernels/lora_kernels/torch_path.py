@@ -39,11 +39,27 @@ def apply_lora_torch(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatc
     ranks = batch.active.rank_rows(weights.group)
     if not ranks.rows.numel():
         return
+    if batch.sum_shrunk is not None:
+        _apply_summed(y, x, gathered, batch, ranks)
+        return
     # zeros that keep neighbours apart cannot stand before an inf or NaN in B
     if not gathered.finite or _runs_are_long(batch):
         _apply_apart(y, x, gathered, batch, ranks)
     else:
         _apply_together(y, x, gathered, batch.foreign(weights.group), ranks)
+
+
+def apply_lora_embedding_torch(y: Tensor, token_ids: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
+    """Add each row's adapter of the embedding to `y` in place: see `lora_kernels.dispatch.apply_lora_embedding`."""
+    gathered = _gather(weights, batch.active)
+    (spans,) = batch.active.rank_rows(weights.group).spans
+    vocabulary = gathered.a.shape[1]
+    known = (token_ids >= 0) & (token_ids < vocabulary)
+    shrunk = gathered.a[:, token_ids.clamp(0, vocabulary - 1)].T.masked_fill(~known[:, None], 0.0)
+    for slot, first, end in batch.segments:
+        if slot in spans:
+            low, high = spans[slot]
+            _add_product(y[first:end], shrunk[first:end, low:high], gathered.b[0][low:high])
 
 
 def _runs_are_long(batch: LoraBatch) -> bool:
@@ -70,6 +86,21 @@ def _apply_apart(y: Tensor, x: Tensor, gathered: GatheredWeights, batch: LoraBat
             if slot in spans:
                 low, high = spans[slot]
                 _add_product(out, wide[first:end] @ gathered.a[start + low : start + high].T, b[low:high])
+
+
+def _apply_summed(y: Tensor, x: Tensor, gathered: GatheredWeights, batch: LoraBatch, ranks: RankRows) -> None:
+    """One sum over the processes for all rows and adapters, whatever B holds in any of them; then each run apart."""
+    assert batch.sum_shrunk is not None
+    shrunk = x.float() @ gathered.a.T
+    batch.sum_shrunk(shrunk)
+    for slot, first, end in batch.segments:
+        column = 0
+        for b, start, spans in zip(gathered.b, ranks.bounds[:-1], ranks.spans, strict=True):
+            out = y[first:end, column : column + b.shape[1]]
+            column += b.shape[1]
+            if slot in spans:
+                low, high = spans[slot]
+                _add_product(out, shrunk[first:end, start + low : start + high], b[low:high])
 
 
 def _add_product(out: Tensor, shrunk: Tensor, b: Tensor) -> None:

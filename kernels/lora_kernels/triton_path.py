@@ -11,13 +11,9 @@ import triton
 from torch import Tensor
 
 from lora_kernels import triton_expand, triton_shrink, triton_work_list
-from lora_kernels.errors import MixedDtypes, NotContiguous, ShapeMismatch
+from lora_kernels.errors import LoraInputError, MixedDtypes, NotContiguous, ShapeMismatch
 from lora_kernels.layout import PAGE_ROWS, LoraBatch, LoraWeights
 from lora_kernels.work_list import TILE_ROWS, WorkList, check_rows
-
-PROGRAMS = 528
-"""Programs that share a work list: four for each multiprocessor of an H200. A batch with fewer tiles leaves the rest to
-return at once. How the work is dealt changes no bit. Reasoned, not yet measured."""
 
 
 def apply_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
@@ -35,30 +31,50 @@ def apply_lora_triton(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBat
         return
     work = work_of(batch)
     check_rows(work, x.shape[0])
-    splits = triton_shrink.splits_of(x.shape[1])
-    # Never filled: expand reads only what shrink wrote.
-    shrunk = torch.empty(
-        weights.slices, splits, x.shape[0], work.max_pages * PAGE_ROWS, dtype=torch.float32, device=x.device
-    )
+    shrunk = empty_shrunk(x, weights, work)
     shrink(shrunk, x, weights, batch)
+    if batch.sum_shrunk is not None:
+        batch.sum_shrunk(shrunk)
     expand(y, shrunk, weights, batch)
+
+
+def empty_shrunk(x: Tensor, weights: LoraWeights, work: WorkList) -> Tensor:
+    """What shrink of the input x [rows, in] writes; never filled, for expand reads only what shrink wrote."""
+    shape = weights.slices, triton_shrink.blocks_of(x, weights.slices).splits, x.shape[0], work.max_pages * PAGE_ROWS
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def check_launch(y: Tensor, x: Tensor, weights: LoraWeights) -> None:
     """Raise MixedDtypes, NotContiguous or ShapeMismatch unless the kernels can take these."""
-    dtypes = {"y": y.dtype, "x": x.dtype, "the pool": weights.a.dtype}
-    if len(set(dtypes.values())) > 1 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise MixedDtypes(f"y, x and the pool share one of float32, float16 and bfloat16; they are {dtypes}")
-    if x.stride(1) != 1 or y.stride(1) != 1:
-        raise NotContiguous(f"the values of a row lie side by side; y steps {y.stride(1)}, x steps {x.stride(1)}")
-    expected = (x.shape[0], sum(b.shape[1] for b in weights.b)), (x.shape[0], weights.a.shape[2])
-    if (tuple(y.shape), tuple(x.shape)) != expected:
-        raise ShapeMismatch(f"y and x are {tuple(y.shape)} and {tuple(x.shape)}, expected {expected}")
+    check_values(weights, y=y, x=x)
+    check_shape("y", y, x.shape[0], sum(b.shape[1] for b in weights.b))
+    check_shape("x", x, x.shape[0], weights.a.shape[2])
+
+
+def check_values(weights: LoraWeights, **tensors: Tensor) -> None:
+    """Raise MixedDtypes unless all have the pool's dtype, NotContiguous unless a row's values lie side by side."""
+    dtypes = {**{name: tensor.dtype for name, tensor in tensors.items()}, "the pool": weights.a.dtype}
+    if len(set(dtypes.values())) > 1 or weights.a.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise MixedDtypes(f"all share one of float32, float16 and bfloat16; they are {dtypes}")
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise NotContiguous(f"the values of a row lie side by side; {name} steps {tensor.stride(-1)}")
+
+
+def check_shape(name: str, tensor: Tensor, *expected: int) -> None:
+    """Raise ShapeMismatch unless the tensor has exactly this shape."""
+    if tuple(tensor.shape) != expected:
+        raise ShapeMismatch(f"{name} is {tuple(tensor.shape)}, expected {expected}")
 
 
 def work_of(batch: LoraBatch) -> WorkList:
-    """The batch's work list; without fixed buffers it is made and built by the first layer that asks."""
+    """The batch's work list; without fixed buffers it is made and built by the first layer that asks.
+
+    Raises LoraInputError while a CUDA graph is captured: a list of the batch's own would be in no other batch.
+    """
     if batch.work is None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise LoraInputError("a CUDA graph is captured over a work list in fixed buffers: LoraBatch(work=...)")
         pages = batch.active.pages_of_slot
         rows = batch.row_slots.numel()
         work = WorkList.allocate(rows, len(pages), max(1, *pages), batch.row_slots.device)
@@ -69,14 +85,30 @@ def work_of(batch: LoraBatch) -> WorkList:
     return batch.work
 
 
-def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
-    """Launch `shrink_kernel`.   shrunk: [slices, splits, rows, most pages * PAGE_ROWS] float32"""
+def shrink(
+    shrunk: Tensor,
+    x: Tensor,
+    weights: LoraWeights,
+    batch: LoraBatch,
+    blocks: triton_shrink.ShrinkBlocks | None = None,
+    produce: triton_shrink.Produce | None = None,
+) -> None:
+    """Launch `shrink_kernel`.
+
+    shrunk: [slices, splits, rows, most pages * PAGE_ROWS] float32;  blocks: else as tuned for the layer and batch
+    produce: what becomes of x on the way; else x is the input
+    """
     work = work_of(batch)
     table = batch.active.tables[weights.group].table
     splits, rank_columns = shrunk.shape[1], shrunk.shape[3]
-    grid = (min(PROGRAMS, work.items.shape[1]), weights.slices * splits)
-    triton_shrink.shrink_kernel[grid](
+    made = produce or triton_shrink.Produce("x", into=x)
+    blocks = blocks or triton_shrink.blocks_of(made.into, weights.slices)
+    chunks = triton.cdiv(x.shape[0], TILE_ROWS) * triton.cdiv(weights.a.shape[2], triton_shrink.CHUNK)
+    programs = min(blocks.programs, max(work.items.shape[1], chunks if produce else 0))
+    triton_shrink.shrink_kernel[programs, weights.slices * splits + bool(produce)](
         x,
+        x if made.gain is None else made.gain,
+        made.into,
         weights.a,
         shrunk,
         work.order,
@@ -85,8 +117,11 @@ def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) ->
         work.counts,
         table,
         weights.ranks,
-        x.shape[1],
+        made.eps,
+        x.shape[0],
+        weights.a.shape[2],
         x.stride(0),
+        made.into.stride(0),
         weights.a.shape[1],
         table.shape[1],
         table.shape[2],
@@ -97,19 +132,28 @@ def shrink(shrunk: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatch) ->
         SPLITS=splits,
         TILE_ROWS=TILE_ROWS,
         PAGE_ROWS=PAGE_ROWS,
-        BLOCK_K=triton_shrink.block_k_of(x.dtype),
-        **triton_shrink.LAUNCH,
+        BLOCK_K=blocks.block_k,
+        CHUNK=triton_shrink.CHUNK,
+        INPUT=made.by,
+        **{**triton_shrink.LAUNCH, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
     )
 
 
-def expand(y: Tensor, shrunk: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
-    """Launch `expand_kernel`.   shrunk: what `shrink` wrote"""
+def expand(
+    y: Tensor,
+    shrunk: Tensor,
+    weights: LoraWeights,
+    batch: LoraBatch,
+    blocks: triton_expand.ExpandBlocks | None = None,
+) -> None:
+    """Launch `expand_kernel`.   shrunk: what `shrink` wrote;  blocks: as `shrink` has them"""
     work = work_of(batch)
     table = batch.active.tables[weights.group].table
     absent = triton_expand.MOST_SLICES - weights.slices
     out_sizes = [b.shape[1] for b in weights.b]
-    blocks = sum(triton.cdiv(out, triton_expand.BLOCK_N) for out in out_sizes)
-    triton_expand.expand_kernel[(min(PROGRAMS, work.tiles.shape[1]), blocks)](
+    blocks = blocks or triton_expand.blocks_of(y, out_sizes)
+    column_blocks = sum(triton.cdiv(out, blocks.block_n) for out in out_sizes)
+    triton_expand.expand_kernel[(min(blocks.programs, work.tiles.shape[1]), column_blocks)](
         y,
         shrunk,
         *weights.b,
@@ -131,7 +175,7 @@ def expand(y: Tensor, shrunk: Tensor, weights: LoraWeights, batch: LoraBatch) ->
         SPLITS=shrunk.shape[1],
         TILE_ROWS=TILE_ROWS,
         PAGE_ROWS=PAGE_ROWS,
-        BLOCK_N=triton_expand.BLOCK_N,
+        BLOCK_N=blocks.block_n,
         PRECISION=triton_expand.precision_of(y.dtype),
-        **triton_expand.LAUNCH,
+        **{**triton_expand.LAUNCH, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
     )

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_kernels.errors import RankOverPool, SlotOutOfRange, WorkListOverflow
@@ -82,28 +84,28 @@ class WorkList:
         """
         if len(pages_of_slot) != self.slots:
             raise SlotOutOfRange(f"pages_of_slot has {len(pages_of_slot)} entries for a pool of {self.slots} slots")
-        if max(pages_of_slot, default=0) > self.max_pages:
-            raise RankOverPool(f"a slot owns {max(pages_of_slot)} pages, the work list is for {self.max_pages}")
-        rows = torch.tensor(row_slots, dtype=torch.int32)
+        rows, pages = np.asarray(row_slots, np.int32), np.asarray(pages_of_slot, np.int32)
+        if pages.max(initial=0) > self.max_pages:
+            raise RankOverPool(f"a slot owns {pages.max()} pages, the work list is for {self.max_pages}")
         check_slots(rows, self.slots)
-        if not self._fits(rows, pages_of_slot):
+        if not self._fits(rows, pages):
             self.overflows += 1
             return False
         if self._pinned is None:
             self._pinned = torch.empty(self.packed.shape, dtype=torch.int32, pin_memory=self.packed.is_cuda)
-        self._pinned[: len(rows)] = rows
-        self._pinned[len(rows) : self.rows] = BASE_ROW
-        self._pinned[self.rows :] = torch.tensor(pages_of_slot, dtype=torch.int32)
+        staged = self._pinned.numpy()
+        staged[: len(rows)] = rows
+        staged[len(rows) : self.rows] = BASE_ROW
+        staged[self.rows :] = pages
         self.packed.copy_(self._pinned, non_blocking=True)
         return True
 
-    def _fits(self, rows: Tensor, pages_of_slot: Sequence[int]) -> bool:
+    def _fits(self, rows: NDArray[np.int32], pages_of_slot: NDArray[np.int32]) -> bool:
         if len(rows) > self.rows:
             return False
-        rows_of_slot = torch.bincount(rows[rows >= 0], minlength=self.slots)
+        rows_of_slot = np.bincount(rows + 1, minlength=self.slots + 1)[1:]
         tiles_of_slot = (rows_of_slot + TILE_ROWS - 1) // TILE_ROWS
-        items = int(tiles_of_slot @ torch.tensor(pages_of_slot, dtype=torch.int64))
-        return items <= self.items.shape[1]
+        return int(tiles_of_slot @ pages_of_slot) <= self.items.shape[1]
 
 
 def most_tiles(rows: int, slots: int) -> int:
@@ -112,12 +114,12 @@ def most_tiles(rows: int, slots: int) -> int:
     return (rows + (TILE_ROWS - 1) * segments) // TILE_ROWS
 
 
-def check_slots(row_slots: Tensor, slots: int) -> None:
-    """Raise SlotOutOfRange unless every row, on the host, names a slot of the pool or the base model."""
+def check_slots(row_slots: NDArray[np.int32], slots: int) -> None:
+    """Raise SlotOutOfRange unless every row names a slot of the pool or the base model."""
     wrong = (row_slots < BASE_ROW) | (row_slots >= slots)
     if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise SlotOutOfRange(f"row {row} names slot {int(row_slots[row])}; the pool has slots 0 to {slots - 1}")
+        row = int(wrong.argmax())
+        raise SlotOutOfRange(f"row {row} names slot {row_slots[row]}; the pool has slots 0 to {slots - 1}")
 
 
 def check_rows(work: WorkList, rows: int) -> None:

@@ -19,7 +19,7 @@ from services.adapter_store.server import make_server, make_servers, serving
 from services.adapter_store.store import AdapterStore
 from services.common.auth.settings import ADMIN_PORT_OFFSET, SAME_PORT, Security, admin_port
 from services.common.errors import InvalidArgument, MultiloraError
-from services.common.process import settle
+from services.common.process import keep_freed_memory, settle
 from services.common.rpc import wait_for_signal
 
 PROGRAM = "multilora-adapter-store"
@@ -158,6 +158,7 @@ async def serve(config: StoreConfig) -> None:
     )
     store.heal()
     settle()
+    keep_freed_memory()
     with contextlib.ExitStack() as opened:
         if config.metrics_port is not None:
             from services.adapter_store.metrics import metrics_served  # a tenth of the start, for those who ask

@@ -42,7 +42,7 @@ class Collected:
 
 def digests_of(content: VersionContent) -> tuple[str, str, str]:
     """The blobs that a version needs."""
-    return content.config_digest, content.weights_digest, content.pack_digest
+    return content.config_digest, content.weights_header_digest or content.weights_digest, content.pack_digest
 
 
 class Collection:

@@ -49,6 +49,8 @@ class VersionContent:
 
     dtype: the widest storage type among its modules
     modules: empty where a list of versions is read, as lists do not show them
+    weights_header_digest: of the weights' header, when the rest of their bytes is kept in the pack alone; empty when
+        the weights are a blob of their own
     """
 
     content_digest: str
@@ -62,6 +64,7 @@ class VersionContent:
     dtype: str
     warnings: tuple[str, ...]
     modules: tuple[BoundModule, ...] = ()
+    weights_header_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

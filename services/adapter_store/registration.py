@@ -8,6 +8,8 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 from services.adapter_store import refusals
 from services.adapter_store.blobs.interface import Blobs, PartialBlob
@@ -22,10 +24,14 @@ from services.adapter_store.steps import commit_step
 from services.adapter_store.streams import adapter_stream
 from services.adapter_store.upload import Upload
 from services.adapter_store.uri import UriRoots
-from services.common.packed import ITEM_SIZES
+from services.common.packed import ITEM_SIZES, PackedHeader
 from services.common.profile import BaseModelProfile
 from services.common.references import STABLE
 from services.common.split import Target
+
+if TYPE_CHECKING:
+    from services.adapter_store.streaming import WeightsStream
+    from services.adapter_store.validation import Examined
 
 # An entry is appended well within the grace of its blobs.
 _RENEW_AFTER_NS = int(BLOB_GRACE_SECONDS * 1e9) // 2
@@ -46,11 +52,11 @@ class Registration:
     def begin_upload(self, header: UploadHeader, quota: Quota | None = None) -> Upload:
         """A place for the files to come. Raises NotFound, AlreadyExists and, with a quota that is used up,
         ResourceExhausted before any of them has."""
-        self._catalog.profile(header.base_model)
+        profile = self._catalog.profile(header.base_model)
         self._check_name(header)
         if quota is not None:
             quota.check(self._catalog.usage(quota.tenant), new_adapter=False, more_bytes=1)
-        return Upload(self._blobs, self._max_upload_bytes)
+        return Upload(self._blobs, self._max_upload_bytes, partial(self._open_stream, profile, header.overrides))
 
     def register(
         self, header: UploadHeader, upload: Upload, *, actor: str = "", quota: Quota | None = None
@@ -65,12 +71,12 @@ class Registration:
             profile = self._catalog.profile(header.base_model)
             digest = _upload_digest(header, upload, profile)
             content: VersionContent | None = None
-            packed: PartialBlob | None = None
+            kept: _Staged | None = None
             existed = False
             began = 0
 
             def decide(folded: Folded) -> Body | None:
-                nonlocal content, packed, existed, began
+                nonlocal content, kept, existed, began
                 assert isinstance(folded.state, AdapterState)
                 known = folded.state.with_content(digest)
                 existed = known is not None
@@ -80,18 +86,18 @@ class Registration:
                     self._check_name(header)
                 if content is None:
                     if quota is not None:
-                        used, more = self._catalog.usage(quota.tenant), upload.weights.size
+                        used, more = self._catalog.usage(quota.tenant), upload.weights_size
                         quota.check(used, new_adapter=folded.seq == 0, more_bytes=more)
                     began = self._journal.clock()
-                    packed = staged.enter_context(self._blobs.create())
-                    content = self._commit(header, profile, upload, packed, digest)
+                    kept = self._stage(upload, staged)
+                    content = self._commit(header, profile, upload, kept, digest)
                 number = len(folded.state.versions) + 1
                 return VersionAdded(number, content, stable=header.promote or number == 1)
 
             folded = self._journal.commit(adapter_stream(header.adapter), decide, actor=actor)
-            if packed is not None and self._journal.clock() - began > _RENEW_AFTER_NS:
+            if kept is not None and self._journal.clock() - began > _RENEW_AFTER_NS:
                 # the clock jumped, or all took long: a collection may have found the blobs old, and no entry yet
-                for blob in (upload.config, upload.weights, packed):
+                for blob in kept:
                     blob.commit()
         assert isinstance(folded.state, AdapterState)
         number = folded.state.with_content(digest)
@@ -109,12 +115,10 @@ class Registration:
 
     def validate(self, header: UploadHeader, upload: Upload) -> Validated:
         """What `register` would find, as data; nothing is kept. Raises InvalidArgument when a file is missing."""
-        from services.adapter_store.validation import examine
-
         with upload:
             upload.check_complete()
             profile = self._catalog.profile(header.base_model)
-            found = examine(upload.config.read(), upload.weights.map(), profile, header.overrides)
+            found = _examine(header, upload, profile)
             return Validated(
                 findings=tuple(found.findings),
                 modules=tuple(BoundModule(module.name, module.rank, module.scale) for module in found.modules),
@@ -126,45 +130,91 @@ class Registration:
         if self._catalog.base_model(header.adapter.name) is not None:
             raise refusals.named_like_base_model(header.adapter)
 
+    def _stage(self, upload: Upload, staged: contextlib.ExitStack) -> _Staged:
+        """The blobs to commit, of which `staged` discards what the upload does not."""
+        other = staged.enter_context(self._blobs.create())
+        if upload.stream is None:
+            return _Staged(upload.config, upload.weights, packed=other)
+        other.write(upload.stream.header)
+        return _Staged(upload.config, other, packed=upload.stream.packed)
+
+    def _open_stream(
+        self, profile: BaseModelProfile, overrides: Overrides, config: bytes, weights_header: bytes
+    ) -> WeightsStream | None:
+        """A way into a pack for weights that one will hold whole, as far as can be told before they have come."""
+        # numpy comes with these: 0.1 s and 15 MiB that a store which only resolves and serves never needs
+        from services.adapter_store.streaming import WeightsStream
+        from services.adapter_store.validation import examine_structure
+
+        structure = examine_structure(config, memoryview(weights_header), profile, overrides, is_whole=False)
+        if not structure.packs_whole:
+            return None
+        return WeightsStream(weights_header, structure, self._blobs.create(), base_model=profile.name)
+
     def _commit(
-        self, header: UploadHeader, profile: BaseModelProfile, upload: Upload, packed: PartialBlob, digest: str
+        self, header: UploadHeader, profile: BaseModelProfile, upload: Upload, staged: _Staged, digest: str
     ) -> VersionContent:
         """Validate, pack, and commit the three blobs; nothing is committed unless all of it went well."""
-        # numpy comes with these: 0.1 s and 15 MiB that a store which only resolves and serves never needs
-        from services.adapter_store.packing import pack
-        from services.adapter_store.validation import validate
-
-        weights = upload.weights.map()
+        examined = _examine(header, upload, profile)
+        examined.findings.raise_if_any()
+        contents = _finish_pack(upload, examined, staged.packed, digest, profile)
         with ThreadPoolExecutor(1, "commit") as beside:
-            synced = beside.submit(upload.weights.sync)  # while they are checked and packed
-            checked = validate(upload.config.read(), weights, profile, header.overrides)
-            contents = pack(
-                checked.modules, weights, content_digest=digest, base_model=profile.name, write_at=packed.write_at
-            )
-            synced.result()
-            synced = beside.submit(packed.sync)  # while it is hashed
+            synced = beside.submit(_sync, staged.weights, staged.packed)  # while it is hashed
             content = VersionContent(
                 content_digest=digest,
-                config_digest=upload.config.digest,
-                weights_digest=upload.weights.digest,
-                pack_size=packed.size,
-                pack_digest=packed.digest,
+                config_digest=staged.config.digest,
+                weights_digest=upload.weights_digest,
+                weights_header_digest="" if upload.stream is None else staged.weights.digest,
+                pack_size=staged.packed.size,
+                pack_digest=staged.packed.digest,
                 base_model=profile.name,
                 max_rank=contents.max_rank,
                 parameters=sum(module.rank * (module.in_features + module.out_features) for module in contents.modules),
                 dtype=max((module.dtype for module in contents.modules), key=lambda dtype: (ITEM_SIZES[dtype], dtype)),
-                warnings=checked.warnings,
+                warnings=examined.warnings,
                 modules=tuple(BoundModule(module.name, module.rank, module.scale) for module in contents.modules),
             )
             synced.result()
-            upload.config.commit(keep=True)
+            staged.config.commit(keep=True)
             commit_step("register.config")
-            committed = beside.submit(upload.weights.commit, keep=True)  # the disk, or S3, takes both at once
-            packed.commit(keep=True)
+            committed = beside.submit(staged.weights.commit, keep=True)  # the disk, or S3, takes both at once
+            staged.packed.commit(keep=True)
             commit_step("register.pack")
             committed.result()
             commit_step("register.weights")
         return content
+
+
+def _sync(*blobs: PartialBlob) -> None:
+    for blob in blobs:
+        blob.sync()
+
+
+class _Staged(NamedTuple):
+    """The blobs of a version. weights: all of them, or their header if the pack has the rest."""
+
+    config: PartialBlob
+    weights: PartialBlob
+    packed: PartialBlob
+
+
+def _examine(header: UploadHeader, upload: Upload, profile: BaseModelProfile) -> Examined:
+    from services.adapter_store.validation import examine
+
+    if upload.stream is not None:
+        return upload.stream.examine()
+    return examine(upload.config.read(), upload.weights.map(), profile, header.overrides)
+
+
+def _finish_pack(
+    upload: Upload, examined: Examined, packed: PartialBlob, digest: str, profile: BaseModelProfile
+) -> PackedHeader:
+    from services.adapter_store.packing import pack
+
+    if upload.stream is not None:
+        return upload.stream.finish(digest)
+    weights = upload.weights.map()
+    return pack(examined.modules, weights, content_digest=digest, base_model=profile.name, write_at=packed.write_at)
 
 
 def content_digest(config_digest: str, weights_digest: str, base_model: str, overrides: Overrides) -> str:
@@ -180,7 +230,7 @@ def content_digest(config_digest: str, weights_digest: str, base_model: str, ove
 
 
 def _upload_digest(header: UploadHeader, upload: Upload, profile: BaseModelProfile) -> str:
-    return content_digest(upload.config.digest, upload.weights.digest, profile.name, header.overrides)
+    return content_digest(upload.config.digest, upload.weights_digest, profile.name, header.overrides)
 
 
 def _promotion(state: AdapterState, number: int) -> Body | None:

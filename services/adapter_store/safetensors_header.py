@@ -78,8 +78,11 @@ def header_length(start: bytes, total_size: int | None = None) -> int:
     return length
 
 
-def parse_header(data: memoryview) -> dict[str, TensorEntry]:
-    """Read and check the header of the whole file `data`: its tensors by name, in payload order. Raises HeaderError."""
+def parse_header(data: memoryview, *, is_whole: bool = True) -> dict[str, TensorEntry]:
+    """Read and check a file's header: its tensors by name, in payload order. Raises HeaderError.
+
+    is_whole: `data` is the whole file; otherwise only its start, and where the tensors end is not checked
+    """
     length = header_length(bytes(data[: LENGTH.size]), len(data))
     payload = LENGTH.size + length
     fields = _parse_json(bytes(data[LENGTH.size : payload]))
@@ -89,7 +92,9 @@ def parse_header(data: memoryview) -> dict[str, TensorEntry]:
     entries = sorted(
         (_entry(name, entry, payload) for name, entry in fields.items()), key=lambda entry: (entry.begin, entry.end)
     )
-    _check_tiling(entries, payload, len(data))
+    end = _check_tiling(entries, payload)
+    if is_whole:
+        check_size(end, len(data))
     return {entry.name: entry for entry in entries}
 
 
@@ -141,12 +146,18 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
-def _check_tiling(entries: list[TensorEntry], payload: int, total_size: int) -> None:
+def check_size(end: int, total_size: int) -> None:
+    """Raise HeaderError unless the file ends where its tensors do."""
+    if end != total_size:
+        raise HeaderError(f"its tensors end at byte {end}, but it has {total_size} bytes")
+
+
+def _check_tiling(entries: list[TensorEntry], payload: int) -> int:
+    """Where the tensors end."""
     end = payload
     for entry in entries:
         if entry.begin != end:
             how = "overlaps the tensor before it" if entry.begin < end else "leaves a gap before it"
             raise HeaderError(f"tensor {shown(entry.name)} {how}, at byte {entry.begin - payload} of the payload")
         end = entry.end
-    if end != total_size:
-        raise HeaderError(f"its tensors end at byte {end}, but it has {total_size} bytes")
+    return end

@@ -16,9 +16,10 @@ from services.adapter_store.index.interface import Index
 from services.adapter_store.journal import Clock, Journal
 from services.adapter_store.log.entry import Entry
 from services.adapter_store.log.interface import AdapterLog
+from services.adapter_store.original import open_weights
 from services.adapter_store.refusals import version_collected
 from services.adapter_store.registration import Registration
-from services.adapter_store.upload import CONFIG_FILE, WEIGHTS_FILE, check_file_name
+from services.adapter_store.upload import WEIGHTS_FILE, check_file_name
 from services.adapter_store.uri import Root, UriRoots
 from services.adapter_store.verification import Verified, verify
 from services.common.errors import InvalidArgument, NotFound
@@ -91,8 +92,9 @@ class AdapterStore:
         version = self.catalog.version(adapter, number)
         if version.collected:
             raise version_collected(adapter, number)
-        content = version.content
-        return self.blobs.open({CONFIG_FILE: content.config_digest, WEIGHTS_FILE: content.weights_digest}[file])
+        if file == WEIGHTS_FILE:
+            return open_weights(self.blobs, version.content)
+        return self.blobs.open(version.content.config_digest)
 
     def history(self, adapter: AdapterName, page_size: int, page_token: str) -> tuple[list[tuple[int, Entry]], str]:
         return history(self.journal.entries, self.journal.index, adapter, page_size, page_token)

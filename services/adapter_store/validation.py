@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.adapter_store.findings import Findings, Reason, shown
@@ -10,7 +11,7 @@ from services.adapter_store.records import Overrides
 from services.adapter_store.safetensors_header import HeaderError, PickleError, TensorEntry, parse_header
 from services.adapter_store.tensor_keys import BaseCopy, LoraKey, UnservedKey, normalise, split_layer
 from services.adapter_store.upload import WEIGHTS_FILE
-from services.adapter_store.weights import DTYPES, inspect
+from services.adapter_store.weights import DTYPES, Values, inspect
 from services.common.profile import BaseModelProfile, Shape
 
 # From here on, the adapter's cost comes near that of full fine-tuning.
@@ -56,6 +57,40 @@ class Examined:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What an upload's config and header say, before any value is looked at.
+
+    tensors: all of the file, by name, in payload order
+    """
+
+    findings: Findings
+    modules: tuple[CheckedModule, ...]
+    pairs: dict[str, _Pair]
+    tensors: dict[str, TensorEntry]
+    overrides: Overrides
+
+    @property
+    def packs_whole(self) -> bool:
+        """Nothing is wrong so far, and a pack of the modules holds every byte after the header."""
+        return not self.findings and len(self.tensors) == 2 * len(self.modules)
+
+    def served(self) -> Iterator[TensorEntry]:
+        """The tensors whose values count."""
+        for pair in self.pairs.values():
+            for entry in (pair.a, pair.b):
+                if entry is not None and entry.dtype in DTYPES:
+                    yield entry
+
+    def examined(self, values: Mapping[str, Values]) -> Examined:
+        """Apply the other rules, which need the values of every served tensor."""
+        contributes = _check_values(values, self.pairs, self.findings)
+        contributes -= {module.name for module in self.modules if module.scale == 0}
+        if self.pairs and not self.overrides.allow_zero:
+            _check_contribution(len(self.pairs), contributes, self.findings)
+        return Examined(self.findings, self.modules, _warnings(self.modules))
+
+
 def validate(config: bytes, weights: memoryview, profile: BaseModelProfile, overrides: Overrides) -> CheckedAdapter:
     """Check an upload against a profile. Raises InvalidArgument or FailedPrecondition that carry every finding."""
     examined = examine(config, weights, profile, overrides)
@@ -65,11 +100,21 @@ def validate(config: bytes, weights: memoryview, profile: BaseModelProfile, over
 
 def examine(config: bytes, weights: memoryview, profile: BaseModelProfile, overrides: Overrides) -> Examined:
     """Apply every rule. Memory stays flat: `weights` is the mapped file, read in chunks."""
+    structure = examine_structure(config, weights, profile, overrides)
+    return structure.examined(
+        {entry.name: inspect(weights[entry.begin : entry.end], entry) for entry in structure.served()}
+    )
+
+
+def examine_structure(
+    config: bytes, weights: memoryview, profile: BaseModelProfile, overrides: Overrides, *, is_whole: bool = True
+) -> Structure:
+    """Apply the rules that need no values; without `is_whole`, `weights` holds the file's header and no more."""
     findings = Findings()
     manifest = parse_manifest(config, findings)
     if manifest is not None:
         _check_base(manifest, profile, overrides, findings)
-    tensors = _read_header(weights, findings)
+    tensors = _read_header(weights, findings, is_whole=is_whole)
     pairs = _bind(tensors, profile, findings)
     modules = [
         module
@@ -78,11 +123,7 @@ def examine(config: bytes, weights: memoryview, profile: BaseModelProfile, overr
     ]
     if not pairs and not findings:
         findings.add(Reason.NO_MODULES, f"{WEIGHTS_FILE} adapts no module of {profile.name}; it would change nothing")
-    contributes = _check_values(weights, pairs, findings)
-    contributes -= {module.name for module in modules if module.scale == 0}
-    if pairs and not overrides.allow_zero:
-        _check_contribution(len(pairs), contributes, findings)
-    return Examined(findings, tuple(modules), _warnings(modules))
+    return Structure(findings, tuple(modules), pairs, tensors, overrides)
 
 
 def _check_base(manifest: Manifest, profile: BaseModelProfile, overrides: Overrides, findings: Findings) -> None:
@@ -102,9 +143,9 @@ def _check_base(manifest: Manifest, profile: BaseModelProfile, overrides: Overri
         )
 
 
-def _read_header(weights: memoryview, findings: Findings) -> dict[str, TensorEntry]:
+def _read_header(weights: memoryview, findings: Findings, *, is_whole: bool) -> dict[str, TensorEntry]:
     try:
-        return parse_header(weights)
+        return parse_header(weights, is_whole=is_whole)
     except PickleError as error:
         findings.add(Reason.UNSAFE_FORMAT, f"{WEIGHTS_FILE}: {error}; save it as safetensors")
     except HeaderError as error:
@@ -234,23 +275,20 @@ def _add_shape(entry: TensorEntry, needed: str, profile: BaseModelProfile, findi
     )
 
 
-def _check_values(weights: memoryview, pairs: dict[str, _Pair], findings: Findings) -> set[str]:
-    """Read every value once: the modules whose A and B are both not all zero."""
+def _check_values(values: Mapping[str, Values], pairs: dict[str, _Pair], findings: Findings) -> set[str]:
+    """The modules whose A and B are both not all zero."""
     contributes = set()
     for name, pair in pairs.items():
-        values = []
-        for entry in (pair.a, pair.b):
-            if entry is None or entry.dtype not in DTYPES:
-                continue
-            values.append(inspect(weights, entry))
-            if values[-1].non_finite:
+        found = {entry.name: values[entry.name] for entry in (pair.a, pair.b) if entry and entry.name in values}
+        for tensor, of_tensor in found.items():
+            if of_tensor.non_finite:
                 findings.add(
                     Reason.NON_FINITE_WEIGHTS,
-                    f"tensor {shown(entry.name)} holds {values[-1].non_finite} values that are NaN or infinite; "
+                    f"tensor {shown(tensor)} holds {of_tensor.non_finite} values that are NaN or infinite; "
                     "train it again, with a lower learning rate",
-                    tensor=shown(entry.name),
+                    tensor=shown(tensor),
                 )
-        if not any(value.all_zero for value in values):
+        if not any(of_tensor.all_zero for of_tensor in found.values()):
             contributes.add(name)
     return contributes
 
@@ -264,7 +302,7 @@ def _check_contribution(num_modules: int, contributes: set[str], findings: Findi
         )
 
 
-def _warnings(modules: list[CheckedModule]) -> tuple[str, ...]:
+def _warnings(modules: Sequence[CheckedModule]) -> tuple[str, ...]:
     warnings = []
     highest = max(modules, key=lambda module: module.rank, default=None)
     if highest is not None and highest.rank >= _HIGH_RANK:

@@ -1,4 +1,5 @@
-"""A check of everything: every blob that a version needs is read and hashed again, and the index compared with the log.
+"""A check of everything: every blob that a version needs is read and hashed again, weights that are kept in their pack
+are put together and hashed as well, and the index is compared with the log.
 
 Memory holds a digest for each blob and one chunk. Blobs that no version needs are no problem: a collection takes them.
 """
@@ -9,13 +10,14 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 
-from services.adapter_store.blobs.interface import Blobs
+from services.adapter_store.blobs.interface import BlobReader, Blobs
 from services.adapter_store.collection import digests_of
 from services.adapter_store.index.interface import Index, Write
 from services.adapter_store.journal import Journal
 from services.adapter_store.log.entry import VersionAdded
 from services.adapter_store.log.fold import AdapterState
 from services.adapter_store.log.interface import StreamInfo
+from services.adapter_store.original import open_weights
 from services.adapter_store.records import VersionContent
 from services.adapter_store.streams import adapter_of, base_model_stream, index_write
 from services.common.errors import DataLoss, NotFound
@@ -55,6 +57,9 @@ def verify(blobs: Blobs, journal: Journal, index: Index) -> Verified:
                 if digest not in seen:
                     seen.add(digest)
                     _check_blob(blobs, digest, f"{adapter_of(info.stream)}@{number}", found)
+            if content.weights_digest not in seen:
+                seen.add(content.weights_digest)
+                _check_weights(blobs, content, f"{adapter_of(info.stream)}@{number}", found)
     for stream, seq in index.seqs():
         if stream not in streams and journal.entries.read(stream, seq) is None:
             found.add(f"the index has {stream}, of which the log has nothing")
@@ -101,13 +106,26 @@ def _check_blob(blobs: Blobs, digest: str, version: str, found: Verified) -> Non
     except NotFound:
         found.add(f"{version} needs {digest}, which is not there; restore it")
         return
-    hashed = hashlib.sha256()
+    found.blobs += 1
+    found.bytes += reader.size
+    if _hashed(reader) != digest:
+        found.add(f"{version} needs {digest}, whose bytes have changed; restore it, or register the version again")
+
+
+def _check_weights(blobs: Blobs, content: VersionContent, version: str, found: Verified) -> None:
+    """Weights without a blob of their own; what is wrong with those that they are made of is told there."""
+    try:
+        is_sound = _hashed(open_weights(blobs, content)) == content.weights_digest
+    except (NotFound, DataLoss):
+        is_sound = False
+    if not is_sound:
+        found.add(f"the weights of {version} do not come out as they were uploaded; register the version again")
+
+
+def _hashed(reader: BlobReader) -> str:
+    hashed, offset = hashlib.sha256(), 0
     with reader.closing():
-        offset = 0
         while data := reader.read(offset, _CHUNK_BYTES):
             hashed.update(data)
             offset += len(data)
-    found.blobs += 1
-    found.bytes += offset
-    if f"sha256:{hashed.hexdigest()}" != digest:
-        found.add(f"{version} needs {digest}, whose bytes have changed; restore it, or register the version again")
+    return f"sha256:{hashed.hexdigest()}"

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from services.adapter_store.safetensors_header import TensorEntry
 
 # Names of the dtypes served, as the packed layout spells them.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-Bits = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +39,16 @@ class Values:
     all_zero: bool
 
 
-def bits_of(data: memoryview, entry: TensorEntry) -> Bits:
-    """A tensor's storage as unsigned integers of its shape; a view, so nothing is read yet. numpy has no bfloat16."""
-    flat = np.frombuffer(data[entry.begin : entry.end], dtype=_LAYOUTS[entry.dtype].bits)
-    return flat.reshape(entry.shape)
+def transposed(data: bytes | memoryview, dtype: str, shape: tuple[int, int]) -> memoryview:
+    """The bytes of a matrix, turned; as unsigned integers, as numpy has no bfloat16."""
+    bits = np.frombuffer(data, _LAYOUTS[dtype].bits).reshape(shape)
+    return np.ascontiguousarray(bits.T).data.cast("B")
 
 
 def inspect(data: memoryview, entry: TensorEntry) -> Values:
-    """Read every value of a tensor of a served dtype."""
+    """Read every value of a tensor of a served dtype; `data` is the tensor's."""
     layout = _LAYOUTS[entry.dtype]
-    flat = bits_of(data, entry).reshape(-1)
+    flat = np.frombuffer(data, layout.bits)
     non_finite = largest = 0
     for start in range(0, flat.size, _CHUNK):
         magnitudes = flat[start : start + _CHUNK] & layout.magnitude

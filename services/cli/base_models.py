@@ -71,7 +71,7 @@ def _config_json(where: Targets, config: Path | None, model: Path | None) -> str
     if config is not None:
         return config.read_text(encoding="utf-8", errors="replace")
     if model is not None:
-        return _config_of(model)
+        return config_of(model)
     from multilora.inference.v1 import inference_pb2
     from services.cli.clients import inference
 
@@ -79,7 +79,8 @@ def _config_json(where: Targets, config: Path | None, model: Path | None) -> str
         return client.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=where.timeout).config_json
 
 
-def _config_of(model: Path) -> str:
+def config_of(model: Path) -> str:
+    """The config.json of a model directory, or what a .gguf file says in its place."""
     if model.is_dir():
         if not (model / "config.json").is_file():
             raise NotFound(

@@ -1,30 +1,83 @@
-"""`multilora plan`: how many adapters a replica should have room for, from what was in use."""
+"""`multilora plan`: room for how many adapters a replica wants, from what was in use, and what its memory goes to."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from services.cli.output import Format, Output, print_fields, print_json, warn
+from services.common.profile import MAX_LORA_RANK
 
 if TYPE_CHECKING:
     from services.cli.usage import Plan, Sample
 
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
 def plan(
-    from_metrics: Annotated[str, typer.Option(metavar="URL|FILE", help="Of Prometheus, or a file that --save wrote.")],
+    from_metrics: Annotated[
+        str, typer.Option(metavar="URL|FILE", help="Of Prometheus, or a file that --save wrote.")
+    ] = "",
     hours: Annotated[float, typer.Option(min=0.01, help="How far back to look.")] = 24.0,
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw what was in use beside the plan.")] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the samples, for another look.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="config.json, a model directory or a .gguf file."),
+    ] = None,
+    device_gib: Annotated[
+        float | None,
+        typer.Option("--device-memory", metavar="GIB", min=0.01, help="Of the GPU. Default: a CPU's plan."),
+    ] = None,
+    ranks: Annotated[list[int] | None, typer.Option("--rank", min=1, help="Of adapters to size; repeatable.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the service, as are those that follow.")] = "bfloat16",
+    max_loras: Annotated[int, typer.Option(min=1)] = 8,
+    max_lora_rank: Annotated[int, typer.Option(min=1, max=MAX_LORA_RANK)] = 64,
+    max_model_len: Annotated[int, typer.Option(min=0, help="0: the model's own.")] = 0,
+    max_num_seqs: Annotated[int, typer.Option(min=1)] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    block_size: Annotated[int, typer.Option(min=1)] = 16,
+    gpu_memory_utilization: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.9,
+    kv_cache_memory_bytes: Annotated[int, typer.Option(min=1, help="On a CPU.")] = 1 << 30,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="The plan is one GPU's.")] = 1,
+    fully_sharded_loras: Annotated[bool, typer.Option("--fully-sharded-loras")] = False,
     output: Output = Format.TABLE,
 ) -> None:
-    """Say which --max-loras and --max-cpu-loras the busiest replica wants.
+    """Say what a replica needs: give one of --from-metrics and --config.
 
-    Slots for the most adapters in use at once and 2 more; memory for the most in any five minutes and 20 % more.
+    --from-metrics: which --max-loras and --max-cpu-loras the busiest replica wants. Slots for the most adapters in use
+    at once and 2 more; memory for the most in any five minutes and 20 % more.
+
+    --config: what its memory goes to, by the table it logs as it starts, and the bytes of an adapter on every linear.
     """
+    if bool(from_metrics) == (config is not None):
+        raise typer.BadParameter("give one of --from-metrics and --config")
+    if config is None:
+        _plan_adapters(from_metrics, hours, plot, save, output)
+        return
+    from services.cli.memory import print_memory_plan
+    from services.common.memory_plan import Room
+
+    room = Room(
+        dtype=dtype,
+        max_loras=max_loras,
+        max_lora_rank=max_lora_rank,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        tensor_parallel_size=tensor_parallel_size,
+        fully_sharded_loras=fully_sharded_loras,
+    )
+    gpu = None if device_gib is None else (device_gib, gpu_memory_utilization)
+    print_memory_plan(config, room, gpu, kv_cache_memory_bytes, ranks or [8, 16, 32, 64], output)
+
+
+def _plan_adapters(from_metrics: str, hours: float, plot: Path | None, save: Path | None, output: Format) -> None:
     from services.cli.usage import plan as make_plan
     from services.cli.usage import read_samples, write_samples
 

@@ -103,6 +103,12 @@ def encode_header(header: PackedHeader) -> bytes:
     return prefix.ljust(align(len(prefix), RUN_ALIGNMENT), b"\0")
 
 
+def header_bytes(start: bytes) -> int:
+    """How many of the file's first bytes `decode_header` needs, as its first 16 say; a damaged file's may say much."""
+    _, _, length = _PREFIX.unpack_from(start.ljust(_PREFIX.size, b"\0"))
+    return _PREFIX.size + min(int(length), MAX_HEADER_BYTES)
+
+
 def decode_header(data: bytes | memoryview, total_size: int) -> tuple[PackedHeader, int]:
     """Read and check a header: the header, and where the payload starts.
 

@@ -116,6 +116,28 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     return {f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in in_layer.items()}
 
 
+def check_parts(config: Mapping[str, Any], parts: int, fully_sharded: bool = False) -> None:
+    """Whether a model can be cut into that many parts, and with `fully_sharded` all of its adapters.
+
+    Raises FailedPrecondition naming what cannot be divided.
+    """
+    heads = _positive(config, "num_attention_heads")
+    widths = {
+        "attention heads": heads,
+        "key-value heads": _positive(config, "num_key_value_heads", heads),
+        "intermediate size": _positive(config, "intermediate_size"),
+    }
+    if fully_sharded:
+        widths["hidden size, which --fully-sharded-loras cuts,"] = _positive(config, "hidden_size")
+    for name, width in widths.items():
+        if width % parts:
+            raise FailedPrecondition(
+                "NOT_DIVISIBLE",
+                f"--tensor-parallel-size is {parts}: the model's {name} ({width}) cannot be divided by it",
+                field="tensor_parallel_size",
+            )
+
+
 def check_profile(profile: BaseModelProfile, modules: Mapping[str, Shape], vocab_size: int, max_lora_rank: int) -> None:
     """Whether a replica with this model and room meets what registration foresaw of it.
 

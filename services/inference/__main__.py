@@ -14,10 +14,9 @@ from typing import Any
 from services.common.auth.credentials import Credentials
 from services.common.auth.settings import Security
 from services.common.errors import MultiloraError
-from services.inference.config import LOG_FORMAT, AdapterConfig, ConfigError, ServerConfig
+from services.inference.config import EXIT_ENGINE_DIED, LOG_FORMAT, AdapterConfig, ConfigError, ServerConfig
 
 EXIT_USAGE = 2
-EXIT_ENGINE_DIED = 70
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +79,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=W",
         help="fair share of a tenant, or of an adapter (tenant/name) within it, where it is not 1; may be repeated",
     )
-    add("--kv-cache-memory-bytes", defaults["kv_cache_memory_bytes"], "bytes of the KV cache")
+    add("--kv-cache-memory-bytes", defaults["kv_cache_memory_bytes"], "bytes of the KV cache, on a CPU")
+    add("--gpu-memory-utilization", defaults["gpu_memory_utilization"], "share of a GPU that may be taken")
+    add("--tensor-parallel-size", defaults["tensor_parallel_size"], "processes, a GPU each, the model is cut among")
+    parser.add_argument(
+        "--fully-sharded-loras",
+        action=argparse.BooleanOptionalAction,
+        default=defaults["fully_sharded_loras"],
+        help="cut the other half of adapters too: less memory, and sums of their shrink results",
+    )
     add("--threads", defaults["threads"], "threads of the forward pass; 0: the cores this process may use")
     parser.add_argument(
         "--engine-process",

@@ -12,6 +12,7 @@ from services.common.auth.settings import SAME_PORT, Security, admin_port
 MAX_LORA_RANK = 512
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
 """What each device serves; auto takes the first."""
+EXIT_ENGINE_DIED = 70
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -131,6 +132,10 @@ class ServerConfig:
     store_credentials: what the store is shown
     adapter_root: directory beneath which adapters may be loaded by path; None refuses paths
     warm_adapters: adapter references that must be resident before the service is ready
+    kv_cache_memory_bytes: bytes of the KV cache on a CPU
+    gpu_memory_utilization: share of a device's memory that may be taken; the KV cache gets what the rest leaves of it
+    tensor_parallel_size: processes that the model is cut among, each with a part of its heads and of its MLPs
+    fully_sharded_loras: whether they cut the other half of each adapter too, and sum its shrink results
     threads: 0 takes the cores this process may use
     engine_process: whether the engine runs in a process of its own
     metrics_top_adapters: adapters with metrics of their own; the others' are one
@@ -164,6 +169,9 @@ class ServerConfig:
     step_seconds: float = 0.1
     weights: Mapping[str, float] = field(default_factory=dict)
     kv_cache_memory_bytes: int = 1 << 30
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    fully_sharded_loras: bool = False
     shutdown_grace: float = 30.0
     threads: int = 0
     engine_process: bool = True
@@ -182,6 +190,20 @@ class ServerConfig:
         if self.dtype not in ("auto", *DTYPES[self.device]):
             served = ", ".join(("auto", *DTYPES[self.device]))
             raise ConfigError(f"--dtype is {self.dtype!r}; served on --device {self.device} are {served}")
+        _at_least("--tensor-parallel-size", self.tensor_parallel_size, 1)
+        if self.tensor_parallel_size > 1 and self.device != "cpu":
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.tensor_parallel_size}, which is served on --device cpu alone yet"
+            )
+        if self.tensor_parallel_size > 1 and self.cpu_backend == "compiled":
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.tensor_parallel_size} and --cpu-backend compiled, which runs on one "
+                "rank alone; leave one of them out"
+            )
+        if self.fully_sharded_loras and self.tensor_parallel_size == 1:
+            raise ConfigError("--fully-sharded-loras needs --tensor-parallel-size of 2 or more: one rank cuts nothing")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be above 0, up to 1")
         if self.cpu_backend not in ("auto", "compiled", "torch"):
             raise ConfigError(f"--cpu-backend is {self.cpu_backend!r}; there are auto, compiled and torch")
         if not self.model.exists():

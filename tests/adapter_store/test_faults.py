@@ -24,7 +24,7 @@ from services.common.errors import ResourceExhausted
 from services.common.profile import profile_from_config
 from services.common.references import AdapterName
 from tests.adapter_store.conftest import TIMEOUT_SECONDS, Client, make_store
-from tests.adapter_store.uploads import BASE_MODEL, MAX_RANK, MODEL_CONFIG, PEFT_CONFIG, Adapter, make_adapter
+from tests.adapter_store.uploads import BASE_MODEL, MAX_RANK, MODEL_CONFIG, PEFT_CONFIG, Adapter, Tensor, make_adapter
 from tests.contracts.backends import place
 from tests.contracts.store_model_places import SqliteCopies
 
@@ -72,7 +72,7 @@ def test_a_full_disk_refuses_and_goes_on(limited: tuple[Client, Path, int]) -> N
     first = client.register("x", make_adapter()).version.identity
     before = {path for folder in ("tmp", "blobs", "log") for path in (data / folder).rglob("*")}
     large = make_adapter(seed=1)
-    large.raw_weights = large.files()["adapter_model.safetensors"] + b"\0" * (300 << 10)
+    large.tensors["base_model.model.model.embed_tokens.base_layer.weight"] = Tensor("F32", [32, 2400], bytes(300 << 10))
     for _ in range(2):
         with pytest.raises(ResourceExhausted) as caught:
             client.register("x", large)
@@ -105,12 +105,12 @@ def test_a_disk_without_room_for_names(tmp_path: Path, monkeypatch: pytest.Monke
 
         monkeypatch.setattr(owner, call, full)
         try:
-            upload(store, make_adapter(seed=failing))
+            upload(store, make_adapter(seed=failing, rank=1 + failing % MAX_RANK))
         except ResourceExhausted:  # and nothing else
             refused += 1
         monkeypatch.undo()
         assert list((tmp_path / "tmp").iterdir()) == []
-        number = upload(store, make_adapter(seed=failing)).version.number
+        number = upload(store, make_adapter(seed=failing, rank=1 + failing % MAX_RANK)).version.number
         assert number == failing + 1
         assert store.verify().problems == []
     assert refused >= 2

@@ -59,6 +59,21 @@ def test_bad_streams_leave_nothing(running: RunningStore, messages: list[Any], r
     assert running.blob_files() == set()
 
 
+def test_a_refusal_does_not_wait_for_another_message(running: RunningStore) -> None:
+    told = threading.Event()
+
+    def messages() -> Iterator[admin_pb2.RegisterVersionRequest]:
+        yield from (HEADER, chunk("model.pkl", b"x"))
+        told.wait(TIMEOUT_SECONDS)
+
+    try:
+        with pytest.raises(InvalidArgument, match="UNSAFE_FORMAT"):
+            running.client("RegisterVersion", messages())
+    finally:
+        told.set()
+    assert running.blob_files() == set()
+
+
 def test_files_come_in_any_order_and_any_pieces(client: Client) -> None:
     pieces = [chunk(WEIGHTS_FILE, WEIGHTS[at : at + 7]) for at in range(0, len(WEIGHTS), 7)]
     messages = [HEADER, *pieces, chunk(WEIGHTS_FILE, b""), chunk(CONFIG_FILE, CONFIG)]
@@ -80,7 +95,7 @@ def test_a_stream_that_breaks_leaves_nothing(running: RunningStore, monkeypatch:
         discarded.set()
 
     def messages() -> Iterator[admin_pb2.RegisterVersionRequest]:
-        yield from (HEADER, chunk(CONFIG_FILE, CONFIG), chunk(WEIGHTS_FILE, WEIGHTS[:100]))
+        yield from (HEADER, chunk(CONFIG_FILE, CONFIG), chunk(WEIGHTS_FILE, WEIGHTS[:-100]))
         discarded.wait(TIMEOUT_SECONDS)
 
     monkeypatch.setattr(Upload, "write", write_and_tell)

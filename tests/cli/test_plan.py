@@ -1,13 +1,20 @@
-"""`multilora plan`, from samples in a file; tests/deploy asks a real Prometheus."""
+"""`multilora plan`, from samples in a file (tests/deploy asks a real Prometheus) and from a model's config."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from services.cli.plan import plan as command
 from services.cli.usage import Sample, plan, write_samples
+from services.common.memory_plan import Device, Room, plan_memory
+from services.inference.config import AdapterConfig, ServerConfig
 from tests.cli.conftest import run_cli
 
 
@@ -66,3 +73,76 @@ def test_a_prometheus_that_is_away_is_said() -> None:
     ended = run_cli("plan", "--from-metrics", "http://127.0.0.1:9")
     assert (ended.returncode, ended.stderr.count("\n")) == (5, 1)
     assert "http://127.0.0.1:9 does not answer" in ended.stderr
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+
+
+def plan_of(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return run_cli("plan", "--config", str(tmp_path / "config.json"), *flags)
+
+
+def test_memory_of_a_gpu_from_a_config_alone(tmp_path: Path) -> None:
+    ended = plan_of(tmp_path, "--device-memory", "80", "--rank", "16", "--json")
+    assert ended.returncode == 0, ended.stderr
+    plan = json.loads(ended.stdout)
+    assert plan["adapters"] == [
+        {"rank": 16, "exact": 83_886_080, "in_the_pool": 83_886_080, "rule_of_thumb": 109_051_904}
+    ]
+    room = Room(
+        max_loras=8,
+        max_lora_rank=64,
+        max_model_len=8192,
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        block_size=16,
+    )
+    logged = plan_memory(CONFIG, room, device=Device(80 << 30, 80 << 30, 0.9))
+    assert plan["memory"] == [asdict(row) for row in logged.rows()]
+    text = plan_of(tmp_path, "--device-memory", "80").stdout
+    assert text.startswith(logged.table() + "\n")
+
+
+def test_memory_of_a_cpu_is_as_the_flags_say(tmp_path: Path) -> None:
+    ended = plan_of(tmp_path, "--kv-cache-memory-bytes", str(1 << 30))
+    assert "512 blocks of 16 tokens: as the flags say" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["--device-memory", "10"], 4, "the weights alone do not fit"),
+        (["--device-memory", "18", "--max-loras", "8"], 4, "lower --max-loras or --max-lora-rank"),
+        (["--dtype", "int8"], 2, "int8"),
+        (["--from-metrics", "usage"], 2, "give one of --from-metrics and --config"),
+    ],
+)
+def test_memory_plans_that_cannot_be_are_refused(flags: list[str], code: int, says: str, tmp_path: Path) -> None:
+    ended = plan_of(tmp_path, *flags)
+    assert ended.returncode == code
+    assert says in ended.stderr
+
+
+def test_a_config_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["GPT2LMHeadModel"]}))
+    ended = run_cli("plan", "--config", str(tmp_path))
+    assert (ended.returncode, ended.stderr.count("\n")) == (4, 1)
+    assert "UNSUPPORTED_ARCHITECTURE" in ended.stderr
+
+
+def test_the_plans_defaults_are_the_services() -> None:
+    offered = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
+    for settings in (ServerConfig, AdapterConfig):
+        for field in dataclasses.fields(settings):
+            if field.name in offered and field.name != "dtype":
+                assert offered[field.name] == field.default, field.name

@@ -49,10 +49,12 @@ MANY = 1000
 
 def make_content(key: str, seed: int, **config: Any) -> Content:
     files = make_adapter(seed=seed, rank=1, modules=("self_attn.k_proj",), layers=(0,), **config).files()
-    return Content(key, files, {f"sha256:{hashlib.sha256(data).hexdigest()}": len(data) for data in files.values()})
+    config, weights = files.values()
+    header = weights[: 8 + int.from_bytes(weights[:8], "little")]  # the rest is in the pack
+    return Content(key, files, {f"sha256:{hashlib.sha256(data).hexdigest()}": len(data) for data in (config, header)})
 
 
-# One pair shares its config, another its weights.
+# One pair shares its config, another its weights; all share the weights' header.
 CONTENTS = (make_content("a", 0), make_content("b", 1), make_content("c", 1, lora_alpha=16))
 
 CHANGES = ("set_alias",) * 4 + ("delete_version",) * 4 + ("undelete_version",) * 2 + ("delete_alias", "use_no_alias")

@@ -1,4 +1,4 @@
-"""The Triton paths in Triton's interpreter, for machines without a GPU."""
+"""The Triton path in Triton's interpreter, for machines without a GPU."""
 
 from __future__ import annotations
 
@@ -15,24 +15,31 @@ import pytest
 import attention_kernels
 import lora_kernels
 
+LORA_KERNELS = ("shrink", "expand", "work_list", "pool", "linear", "path", "embed", "fused")
+
 
 @pytest.fixture(scope="package")
-def triton_path() -> Iterator[ModuleType]:
-    """`lora_kernels.triton_path` as the interpreter runs it."""
-    with _interpreted(lora_kernels, "shrink", "expand", "work_list", "path") as path:
-        yield path
+def interpreted() -> Iterator[dict[str, ModuleType]]:
+    """`lora_kernels.triton_*` as the interpreter runs them."""
+    with _interpreted(lora_kernels, *LORA_KERNELS) as copies:
+        yield copies
+
+
+@pytest.fixture(scope="package")
+def triton_path(interpreted: dict[str, ModuleType]) -> ModuleType:
+    return interpreted["triton_path"]
 
 
 @pytest.fixture(scope="package")
 def attention_path() -> Iterator[ModuleType]:
     """`attention_kernels.triton_path` as the interpreter runs it."""
-    with _interpreted(attention_kernels, "attention", "path") as path:
-        yield path
+    with _interpreted(attention_kernels, "attention", "path") as copies:
+        yield copies["triton_path"]
 
 
 @contextlib.contextmanager
-def _interpreted(package: ModuleType, *parts: str) -> Iterator[ModuleType]:
-    """The package's `triton_path`, a copy that nothing else in this process imports.
+def _interpreted(package: ModuleType, *parts: str) -> Iterator[dict[str, ModuleType]]:
+    """Modules `triton_*` of a package, copies that nothing else in this process imports.
 
     A kernel is interpreted or compiled for good at the moment it is decorated: so the switch is on for one fresh
     import, and then the modules are taken away again, for whoever imports the real ones. Triton itself is imported
@@ -44,7 +51,7 @@ def _interpreted(package: ModuleType, *parts: str) -> Iterator[ModuleType]:
     attributes = {name: vars(package).pop(name, None) for name in map(_last_part, names)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        interpreted = importlib.import_module(f"{package.__name__}.triton_path")
+        copies = {_last_part(name): importlib.import_module(name) for name in names}
     for name in names:
         del sys.modules[name]
         delattr(package, _last_part(name))
@@ -52,7 +59,8 @@ def _interpreted(package: ModuleType, *parts: str) -> Iterator[ModuleType]:
     vars(package).update({name: module for name, module in attributes.items() if module is not None})
     with pytest.MonkeyPatch.context() as patch:
         _mend_dot(patch)
-        yield interpreted
+        _mend_bfloat16(patch)
+        yield copies
 
 
 def _last_part(name: str) -> str:
@@ -77,3 +85,22 @@ def _mend_dot(patch: pytest.MonkeyPatch) -> None:
         return TensorHandle((product + c.data).astype(c.data.dtype), c.dtype.scalar)
 
     patch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
+def _mend_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts float32 off to bf16, where a GPU rounds to the nearest."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def rounding(original: Any) -> Any:
+        def cast(builder: Any, source: Any, dtype: Any, *mode: Any) -> Any:
+            if dtype.scalar != tl.bfloat16:
+                return original(builder, source, dtype, *mode)
+            wide = source.data.astype(np.float32).view(np.uint32)
+            nearest = (wide + 0x7FFF + (wide >> 16 & 1)) >> 16
+            return TensorHandle(np.where(np.isnan(source.data), 0x7FC0, nearest).astype(np.uint16), tl.bfloat16)
+
+        return cast
+
+    for name in ("create_fp_trunc", "create_fp_to_fp"):  # the second is how fp16 becomes bf16
+        patch.setattr(InterpreterBuilder, name, rounding(getattr(InterpreterBuilder, name)))

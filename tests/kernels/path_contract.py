@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable
@@ -88,6 +89,23 @@ class PathContract:
     def test_layer_with_fewer_ranks_than_the_adapter_has_pages(self, apply: Apply) -> None:
         pool = build_pool([[0, 5], [20, 16]], 30, [40, 24], pages_of_ranks=[[32, 17], [33, 16]])
         check(apply, pool, [0, 1, 1, BASE_ROW])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_cut_by_its_inputs_is_summed_before_it_is_expanded(self, apply: Apply, dtype: torch.dtype) -> None:
+        pool = build_pool(MIXED_RANKS, 80, QKV, dtype)
+        y, x = pool.inputs(len(MIXED_ROWS))
+        expected = pool.reference(y, x, MIXED_ROWS)
+        kept: list[Tensor] = []
+
+        def apply_part(y: Tensor, part: slice, sum_shrunk: Callable[[Tensor], object]) -> None:
+            batch = pool.batch(MIXED_ROWS)
+            batch.sum_shrunk = sum_shrunk
+            apply(y, x[:, part], dataclasses.replace(pool.weights, a=pool.weights.a[..., part].contiguous()), batch)
+
+        apply_part(y.clone(), slice(48, 80), lambda shrunk: kept.append(shrunk.clone()))
+        apply_part(y, slice(0, 48), lambda shrunk: shrunk.add_(kept.pop()))
+        assert not kept
+        assert_close(y, expected)
 
     @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy, at our inf
     @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

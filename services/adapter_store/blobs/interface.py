@@ -1,7 +1,7 @@
 """What a blob backend offers. Blobs are named by their digest, so they never change once they are there.
 
-An upload is always staged on local disk, whatever the backend: it is read at random while it is checked and packed.
-`commit` then makes it durable where blobs live. `tests/contracts/test_blobs.py` is what every backend passes.
+A blob is always staged on local disk, whatever the backend: a pack is written in any order, and hashed when it is
+whole. `commit` then makes it durable where blobs live. `tests/contracts/test_blobs.py` is what every backend passes.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def _check(body: Body, head: tuple[int, str, str]) -> None:
         content = body.content
         digests = (content.content_digest, content.config_digest, content.weights_digest, content.pack_digest)
         expected += [
-            ((*digests, content.base_model, content.dtype, *content.warnings), str),
+            ((*digests, content.weights_header_digest, content.base_model, content.dtype, *content.warnings), str),
             ((content.pack_size, content.max_rank, content.parameters), int),
             ((body.stable,), bool),
             (tuple(module.name for module in content.modules), str),
@@ -148,8 +148,11 @@ def _check(body: Body, head: tuple[int, str, str]) -> None:
 
 
 def content_fields(content: VersionContent) -> dict[str, Any]:
-    """A version's content as JSON values; modules are rows, as there are hundreds."""
+    """A version's content as JSON values; modules are rows, as there are hundreds. What came later is left out where
+    it says nothing, so that older versions read as they were written."""
     fields = asdict(content)
+    if not content.weights_header_digest:
+        del fields["weights_header_digest"]
     fields["modules"] = [[module.name, module.rank, module.scale] for module in content.modules]
     return fields
 

@@ -184,7 +184,7 @@ class Bench:
         taken = []
         for number in range(count):
             adapter.digest = str(number)
-            taken.append(self.seconds(lambda: self.pool.load(adapter)))  # type: ignore[arg-type]
+            taken.append(self.seconds(lambda: self.pool.load(adapter)))
         return adapter.num_bytes, taken
 
     def decode(self, batch: int, distinct: int, context: int) -> float:

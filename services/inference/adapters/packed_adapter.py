@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class PackedAdapter:
 
         Raises DataLoss (damaged bytes, another content) and FailedPrecondition (does not fit this model).
         """
+        self._made_from = data, digest, base
         header, payload = decode_header(memoryview(data), len(data))
         if header.content_digest != digest:
             raise DataLoss("DIGEST_MISMATCH", f"the store sent {header.content_digest} where {digest} was asked for")
@@ -66,6 +68,10 @@ class PackedAdapter:
         self.ranks: dict[str, int] = {}
         for module in header.modules:
             self._add(module, base)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as the bytes it came in: its tensors all share them, and a pickle would copy them for each."""
+        return PackedAdapter, self._made_from
 
     @property
     def max_rank(self) -> int:

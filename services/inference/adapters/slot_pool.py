@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +17,21 @@ from torch import Tensor
 from lora_kernels import PAGE_ROWS, LoraWeights, PageTable
 from services.common.errors import ResourceExhausted
 from services.inference.adapters.copies import Arrived, Copies, beside_steps
-from services.inference.adapters.packed_adapter import PackedAdapter
-from services.inference.model.lora import LINEAR_GROUPS, GroupShape
+from services.inference.adapters.packed_adapter import ModuleTensors
+from services.inference.model.lora import LINEAR_GROUPS, GroupShape, columns_of
 from services.inference.model.memory import CPU, reserve
+
+
+class AdapterWeights(Protocol):
+    """What a slot is loaded from: a `PackedAdapter`.
+
+    digest: content digest; ranks: highest rank of each linear over the layers
+    """
+
+    digest: str
+    ranks: dict[str, int]
+
+    def module(self, layer: int, linear: str, /) -> ModuleTensors | None: ...
 
 
 @dataclass(eq=False)
@@ -53,6 +66,8 @@ class SlotPool:
     tables: the page table of each group
     num_slots: most adapters resident; `max_loras` unless `max_resident` says more
     copies: how weights go in; the default is what suits the device
+
+    Where `shapes` are narrower than an adapter, the pool is a part of one: that of `rank`.
     """
 
     def __init__(
@@ -63,9 +78,11 @@ class SlotPool:
         max_lora_rank: int,
         dtype: torch.dtype,
         max_resident: int = 0,
+        rank: int = 0,
         device: torch.device = CPU,
         copies: Copies | None = None,
     ) -> None:
+        self._rank = rank
         self.device = device
         self._copies = copies or beside_steps(device)
         self.num_slots = max_resident or max_loras
@@ -112,12 +129,12 @@ class SlotPool:
         """Make the adapter the most recently used one."""
         self._slots[digest] = self._slots.pop(digest)
 
-    def can_load(self, adapter: PackedAdapter) -> bool:
+    def can_load(self, adapter: AdapterWeights) -> bool:
         return bool(self._free_slots) and all(
             count <= len(self._free_pages[linear]) for linear, count in _pages_needed(adapter).items()
         )
 
-    def load(self, adapter: PackedAdapter) -> Slot:
+    def load(self, adapter: AdapterWeights) -> Slot:
         """Copy an adapter into a free slot, which has it when it has `arrived`; ask `can_load` first.
 
         Rows past its rank in a layer are zeroed.
@@ -162,7 +179,7 @@ class SlotPool:
             ranks[:, :, slot.index] = 0
         self._free_slots.append(slot.index)
 
-    def _copy(self, slot: Slot, adapter: PackedAdapter) -> None:
+    def _copy(self, slot: Slot, adapter: AdapterWeights) -> None:
         """A step waits for it, so it makes no tensor it can do without: a copy of a page takes less than its view."""
         for group in self.tables:
             for index, linear in enumerate(LINEAR_GROUPS[group]):
@@ -174,8 +191,8 @@ class SlotPool:
                 for groups, module in zip(self.weights, modules, strict=True):
                     a, b = groups[group].a.select(0, index), groups[group].b[index]
                     for number, page in enumerate(slot.pages.get(linear, ())):
-                        _fill(a, page, None if module is None else module.a, number)
-                        _fill(b, page, None if module is None else module.b, number)
+                        _fill(a, page, None if module is None else columns_of(module.a, a.shape[1], self._rank), number)
+                        _fill(b, page, None if module is None else columns_of(module.b, b.shape[1], self._rank), number)
 
     def _set_table(self, slot: Slot) -> None:
         for group, table in self.tables.items():
@@ -225,7 +242,7 @@ def pages_for(rank: int) -> int:
     return -(-rank // PAGE_ROWS)
 
 
-def _pages_needed(adapter: PackedAdapter) -> dict[str, int]:
+def _pages_needed(adapter: AdapterWeights) -> dict[str, int]:
     return {linear: pages_for(rank) for linear, rank in adapter.ranks.items()}
 
 

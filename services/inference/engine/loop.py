@@ -18,6 +18,7 @@ from services.inference.engine.messages import (
     GetStats,
     LoadAdapter,
     Prefetch,
+    RankDied,
     Shutdown,
     StatsReply,
     UnloadAdapter,
@@ -34,15 +35,23 @@ RETRY_SLEEP = 0.001
 """Seconds until the next step when requests are ready and none could run: a slot or a turn is about to be free."""
 
 
+class RankDiedError(RuntimeError):
+    """A process that computes a part of the model has ended."""
+
+
 class EngineLoop:
     """Runs an engine until it is told to shut down. `inbox` may be filled by any thread.
 
     emit: called with every step's outputs, from the loop's thread
+    close: called when the loop has ended, to let go of what the runner holds
     """
 
-    def __init__(self, engine: Engine, inbox: queue.SimpleQueue[EngineInput]) -> None:
+    def __init__(
+        self, engine: Engine, inbox: queue.SimpleQueue[EngineInput], close: Callable[[], None] = lambda: None
+    ) -> None:
         self.engine = engine
         self.inbox = inbox
+        self._close = close
         self.emit: Callable[[Sequence[EngineOutput]], None] = lambda _outputs: None
         self._shutdown: Shutdown | None = None
 
@@ -63,6 +72,7 @@ class EngineLoop:
             self.emit([EngineDied(repr(error))])
         finally:
             self.engine.adapters.close()
+            self._close()
 
     def _receive(self, *, wait: bool) -> None:
         """Handle everything in the inbox; with `wait`, first sleep until something comes or a deadline passes."""
@@ -99,6 +109,8 @@ class EngineLoop:
                 self.engine.control.handle(message)
             case AdaptersChanged():
                 pass  # being awake is all it asks; the next step polls
+            case RankDied(reason):
+                raise RankDiedError(reason)
             case Shutdown():
                 self._shutdown = message
 

@@ -46,6 +46,13 @@ class AdaptersChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class RankDied:
+    """A process that computes a part of the model has ended, and so must the engine. Sent by whoever watches it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prefetch:
     """Bring a version to host memory, if there is room that nobody claims: requests will want it soon."""
 
@@ -100,7 +107,15 @@ class Shutdown:
 
 AdapterCommand = LoadAdapter | UnpinAdapter | UnloadAdapter
 EngineInput = (
-    AddRequest | AbortRequest | GetStats | AdaptersChanged | Prefetch | DropVersion | AdapterCommand | Shutdown
+    AddRequest
+    | AbortRequest
+    | GetStats
+    | AdaptersChanged
+    | RankDied
+    | Prefetch
+    | DropVersion
+    | AdapterCommand
+    | Shutdown
 )
 
 # ---- engine → face

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from lora_kernels.cpu import UnavailableError, load_library
 from lora_kernels.cpu.build import level_of_this_machine
 from lora_kernels.cpu.decoder import LANES
+from services.common.memory_plan import MemoryPlan
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.config import ConfigError, ServerConfig
 from services.inference.engine.interfaces import Runner
@@ -19,13 +22,24 @@ from services.inference.model.attention import KVCache
 from services.inference.model.compiled_runner import CompiledRunner, compiled_cache, compiled_decoder
 from services.inference.model.config import ModelConfig
 from services.inference.model.decoder import Decoder
+from services.inference.model.device_memory import DeviceMemory
 from services.inference.model.gpu_runner import GpuRunner, cuda_graphs
+from services.inference.model.lora import group_shapes
 from services.inference.model.memory import CPU
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
 from services.inference.model.weights import load_weights
+from services.inference.model.widest_step import measured_activations
+from services.inference.parallel.collectives import ALONE, Collectives, Group
+from services.inference.parallel.messages import SetBlocks
+from services.inference.parallel.shard import WHOLE, Shard
+from services.inference.parallel.workers import ParallelRunner, Workers
 
 log = logging.getLogger(__name__)
+
+
+class RunnerMaker(Protocol):
+    def __call__(self, num_blocks: int, /, *, graphs: bool = True) -> Runner: ...
 
 
 def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool: SlotPool, sampler: Sampler) -> Runner:
@@ -33,18 +47,100 @@ def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool
 
     Raises ConfigError when the compiled path is asked for and cannot be had.
     """
-    threads = config.threads or available_cores()
-    torch.set_num_threads(threads)
-    device = device_of(config)
-    if device != CPU:
-        return _gpu_runner(config, model, num_blocks, pool, sampler, device)
+    if device_of(config) != CPU:
+        return _torch_runners(config, model, pool, sampler, None)(num_blocks)
+    threads = set_threads(config)
     compiled = _compiled_can_be_had(config)
-    weights = load_weights(config.model, model)
     if compiled:
+        weights = load_weights(config.model, model)
         cache = compiled_cache(model, num_blocks, config.block_size)
         return CompiledRunner(compiled_decoder(model, weights, cache, pool, threads), cache, pool, sampler)
-    paged = KVCache(model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype)
-    return ModelRunner(Decoder(model, weights), paged, pool, sampler)
+    return ModelRunner(load_decoder(config, model, ALONE), paged_cache(config, model, num_blocks), pool, sampler)
+
+
+def build_planned_runner(
+    config: ServerConfig,
+    model: ModelConfig,
+    plan: MemoryPlan,
+    pool: SlotPool,
+    sampler: Sampler,
+    memory: DeviceMemory | None,
+    workers: Workers | None,
+) -> tuple[Runner, MemoryPlan]:
+    """A runner with the KV blocks of the plan; on a device of those that its widest step, measured, leaves.
+
+    workers: the other ranks, which are joined here
+    Raises FailedPrecondition when too few are left, Internal when a rank cannot be had.
+    """
+    if memory is None and workers is None:
+        return build_runner(config, model, plan.num_blocks, pool, sampler), plan
+    make = _torch_runners(config, model, pool, sampler, workers)
+    if memory is not None:
+        uncaptured = functools.partial(make, graphs=False)
+        plan = plan.with_activations(measured_activations(uncaptured, plan.room, pool, memory))
+    return make(plan.num_blocks), plan
+
+
+def _torch_runners(
+    config: ServerConfig, model: ModelConfig, pool: SlotPool, sampler: Sampler, workers: Workers | None
+) -> RunnerMaker:
+    """Load the weights; what is returned makes a runner with so many KV blocks, on all ranks."""
+    set_threads(config)
+    if workers is None:
+        decoder = load_decoder(config, model, ALONE)
+        return functools.partial(_torch_runner, config, decoder, pool, sampler)
+    ranks = Group(workers.shard)
+    decoder, part = load_decoder(config, model, ranks), workers.shard.config(model)
+    workers.join()
+
+    def make(num_blocks: int, **_graphs: bool) -> Runner:  # a CPU has none
+        workers.send(SetBlocks(num_blocks))
+        return ParallelRunner(workers, decoder, paged_cache(config, part, num_blocks), pool, sampler, ranks)
+
+    return make
+
+
+def _torch_runner(
+    config: ServerConfig, decoder: Decoder, pool: SlotPool, sampler: Sampler, num_blocks: int, *, graphs: bool = True
+) -> Runner:
+    cache = paged_cache(config, decoder.config, num_blocks)
+    if cache.keys.device == CPU:
+        return ModelRunner(decoder, cache, pool, sampler)
+    capture = cuda_graphs() if graphs else None
+    return GpuRunner(decoder, cache, pool, sampler, max_num_seqs=config.max_num_seqs, capture=capture)
+
+
+def pool_settings(config: ServerConfig, model: ModelConfig, shard: Shard = WHOLE) -> dict[str, Any]:
+    """What a `SlotPool` for a rank's part of this model is made with."""
+    room, part = config.adapters, shard.config(model)
+    return {
+        "shapes": group_shapes(part, shard.adapter_parts),
+        "num_layers": part.num_layers,
+        "max_loras": room.max_loras,
+        "max_lora_rank": room.max_lora_rank,
+        "dtype": part.dtype,
+        "max_resident": room.num_slots,
+        "rank": shard.rank,
+        "device": device_of(config),
+    }
+
+
+def load_decoder(config: ServerConfig, model: ModelConfig, ranks: Collectives) -> Decoder:
+    """A rank's part of the model, which is all of it for `ALONE`."""
+    device, weights = device_of(config), load_weights(config.model, model, ranks.shard)
+    return Decoder(ranks.shard.config(model), {name: tensor.to(device) for name, tensor in weights.items()}, ranks)
+
+
+def set_threads(config: ServerConfig) -> int:
+    """Threads of the forward pass, shared out among the ranks of this host."""
+    threads = max(1, (config.threads or available_cores()) // config.tensor_parallel_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def paged_cache(config: ServerConfig, model: ModelConfig, num_blocks: int) -> KVCache:
+    heads, device = (model.num_kv_heads, model.head_dim), device_of(config)
+    return KVCache(model.num_layers, num_blocks, config.block_size, *heads, model.dtype, device)
 
 
 def device_of(config: ServerConfig) -> torch.device:
@@ -55,18 +151,6 @@ def device_of(config: ServerConfig) -> torch.device:
             "--device out"
         )
     return torch.device(config.device)
-
-
-def _gpu_runner(
-    config: ServerConfig, model: ModelConfig, num_blocks: int, pool: SlotPool, sampler: Sampler, device: torch.device
-) -> Runner:
-    weights = {name: tensor.to(device) for name, tensor in load_weights(config.model, model).items()}
-    cache = KVCache(
-        model.num_layers, num_blocks, config.block_size, model.num_kv_heads, model.head_dim, model.dtype, device
-    )
-    log.info("the model runs on %s", torch.cuda.get_device_name(device))
-    decoder = Decoder(model, weights)
-    return GpuRunner(decoder, cache, pool, sampler, max_num_seqs=config.max_num_seqs, capture=cuda_graphs())
 
 
 def available_cores() -> int:

@@ -113,7 +113,7 @@ class GpuRunner:
 
     def _decode(self, step: Sequence[ScheduledRequest]) -> StepLogits:
         bucket = next(rows for rows in self._buckets if rows >= len(step))
-        buffers, active = self._buckets[bucket], self._active.of(step)
+        buffers, active = self._buckets[bucket], self._active.of(_slots(step))
         self._send(buffers, step, active)
         graph = self._graphs.get((bucket, bool(active.slots)))
         return self._forward(buffers, active) if graph is None else graph()
@@ -129,7 +129,7 @@ class GpuRunner:
         }
         sampled = [end - 1 for end, scheduled in zip(ends, step, strict=True) if scheduled.samples]
         buffers = self._buffers(ends[-1], len(step), tiles, sampled)
-        active = self._active.of(step)
+        active = self._active.of(_slots(step))
         self._send(buffers, step, active)
         return self._forward(buffers, active)
 
@@ -205,6 +205,10 @@ class GpuRunner:
                 else:
                     self._graphs[rows, bool(active.slots)] = graph
         log.info("%d CUDA graphs captured, %d failed", len(self._graphs), self.capture_failures)
+
+
+def _slots(step: Sequence[ScheduledRequest]) -> set[int]:
+    return {scheduled.slot for scheduled in step if scheduled.slot is not None}
 
 
 def decode_buckets(most: int) -> list[int]:

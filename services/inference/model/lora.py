@@ -27,26 +27,38 @@ class GroupShape:
     out_features: tuple[int, ...]
 
 
-def group_shapes(config: ModelConfig) -> dict[str, GroupShape]:
-    """The shapes of `LINEAR_GROUPS` in one layer of this model."""
+def group_shapes(config: ModelConfig, parts: int = 1) -> dict[str, GroupShape]:
+    """The shapes of `LINEAR_GROUPS` in one layer of this model; parts: see `Shard.adapter_parts`."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
-        "qkv": GroupShape(hidden, (q_width, kv_width, kv_width)),
-        "o": GroupShape(q_width, (hidden,)),
-        "gate_up": GroupShape(hidden, (inner, inner)),
-        "down": GroupShape(inner, (hidden,)),
+        "qkv": GroupShape(hidden // parts, (q_width, kv_width, kv_width)),
+        "o": GroupShape(q_width, (hidden // parts,)),
+        "gate_up": GroupShape(hidden // parts, (inner, inner)),
+        "down": GroupShape(inner, (hidden // parts,)),
     }
 
 
 class LoraLayer:
     """One layer's adapters, as the decoder applies them: after a group's base linear, onto its output."""
 
-    def __init__(self, weights: Mapping[str, LoraWeights], batch: LoraBatch) -> None:
+    def __init__(self, weights: Mapping[str, LoraWeights], batch: LoraBatch, rank: int = 0) -> None:
         self._weights = weights
         self._batch = batch
+        self._rank = rank
 
     def add(self, group: str, y: Tensor, x: Tensor) -> Tensor:
         """Add every row's adapter to `y` in place, and return it."""
-        apply_lora(y, x, self._weights[group], self._batch)
+        weights = self._weights[group]
+        apply_lora(
+            columns_of(y, sum(b.shape[1] for b in weights.b), self._rank),
+            columns_of(x, weights.a.shape[2], self._rank),
+            weights,
+            self._batch,
+        )
         return y
+
+
+def columns_of(whole: Tensor, width: int, rank: int) -> Tensor:
+    """The columns that a rank has `width` of: all, where the tensor has no more. A view."""
+    return whole if whole.shape[1] == width else whole.narrow(1, rank * width, width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from services.inference.model.attention import AttentionBatch, KVCache, PrefillS
 from services.inference.model.decoder import Decoder, ForwardBatch
 from services.inference.model.lora import LoraLayer
 from services.inference.model.sampler import Sampler
+from services.inference.parallel.collectives import ALONE, Collectives
 
 Indices = NDArray[np.int64]
 
@@ -28,19 +29,25 @@ class ActiveSlots:
         self._active = ActiveSet.build((), pool.tables)
         self._contents: tuple[tuple[int, int], ...] = ()
 
-    def of(self, step: Sequence[ScheduledRequest]) -> ActiveSet:
-        slots = sorted({scheduled.slot for scheduled in step if scheduled.slot is not None})
-        contents = tuple((slot, self._pool.generation(slot)) for slot in slots)
+    def of(self, slots: Collection[int]) -> ActiveSet:
+        """slots: each once"""
+        contents = tuple((slot, self._pool.generation(slot)) for slot in sorted(slots))
         if contents != self._contents:
-            self._active = ActiveSet.build(slots, self._pool.tables)
+            self._active = ActiveSet.build(sorted(slots), self._pool.tables)
             self._contents = contents
         return self._active
 
 
 class ModelRunner:
-    """The torch path: correct everywhere, and the reference for faster ones behind the same interface."""
+    """The torch path: correct everywhere, and the reference for faster ones behind the same interface.
 
-    def __init__(self, decoder: Decoder, cache: KVCache, pool: SlotPool, sampler: Sampler) -> None:
+    ranks: those that share the model; `decoder`, `cache` and `pool` are this one's part of it
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, pool: SlotPool, sampler: Sampler, ranks: Collectives = ALONE
+    ) -> None:
+        self._ranks = ranks
         self._decoder = decoder
         self._cache = cache
         self._pool = pool
@@ -50,13 +57,20 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
         """Compute one step; an entry per request, None for one that does not sample in it."""
-        lora = LoraBatch(row_slots=_row_slots(step), active=self._active.of(step))
-        logits = self._decoder.forward(
-            self._forward_batch(step), self._cache, lambda layer: LoraLayer(self._pool.weights[layer], lora)
-        )
+        logits = self.forward(self._forward_batch(step), _row_slots(step))
         sampling = [scheduled.request for scheduled in step if scheduled.samples]
         sampled = iter(self._sampler.sample(logits, sampling) if sampling else [])
         return [next(sampled) if scheduled.samples else None for scheduled in step]
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, row_slots: Tensor) -> Tensor:
+        """Logits [n, vocab] of the rows that are sampled; row_slots: as `LoraBatch` has it."""
+        shard = self._ranks.shard
+        active = self._active.of(set(row_slots.tolist()) - {BASE_ROW})
+        lora = LoraBatch(row_slots, active, sum_shrunk=self._ranks.sum if shard.fully_sharded else None)
+        return self._decoder.forward(
+            batch, self._cache, lambda layer: LoraLayer(self._pool.weights[layer], lora, shard.rank)
+        )
 
     def _forward_batch(self, step: Sequence[ScheduledRequest]) -> ForwardBatch:
         counts = np.array([scheduled.num_tokens for scheduled in step])

@@ -14,22 +14,38 @@ from torch import Tensor
 from services.common.errors import FailedPrecondition, Unimplemented
 from services.common.gguf_config import open_gguf
 from services.inference.model.config import ModelConfig
+from services.inference.parallel.shard import WHOLE, Shard
 
 
-def load_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor the decoder needs, in `config.dtype`. Raises FailedPrecondition naming what is missing or wrong."""
+def load_weights(path: Path, config: ModelConfig, shard: Shard = WHOLE) -> dict[str, Tensor]:
+    """Every tensor the decoder needs, in `config.dtype`, or a rank's part of it.
+
+    Raises FailedPrecondition naming what is missing or wrong.
+    """
     tensors = _read_safetensors(path) if path.is_dir() else _read_gguf(path, config)
-    weights = {name: tensor.to(config.dtype) for name, tensor in tensors}
-    expected = expected_shapes(config)
-    for name, shape in expected.items():
-        if name not in weights:
-            raise FailedPrecondition("WEIGHT_MISSING", f"--model: {path} lacks the tensor {name}")
-        if tuple(weights[name].shape) != shape:
+    expected, parts = expected_shapes(config), expected_shapes(shard.config(config))
+    weights: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if name not in expected:
+            continue
+        if tuple(tensor.shape) != expected[name]:
             raise FailedPrecondition(
                 "WEIGHT_MISSHAPEN",
-                f"--model: {name} is {list(weights[name].shape)} where the config says {list(shape)}",
+                f"--model: {name} is {list(tensor.shape)} where the config says {list(expected[name])}",
             )
+        weights[name] = _part(tensor, parts[name], shard.rank).to(config.dtype)
+    for name in expected:
+        if name not in weights:
+            raise FailedPrecondition("WEIGHT_MISSING", f"--model: {path} lacks the tensor {name}")
     return {name: weights[name] for name in expected}
+
+
+def _part(tensor: Tensor, shape: tuple[int, ...], rank: int) -> Tensor:
+    """The rank's part of a tensor that is cut along the dimension in which `shape` is narrower."""
+    for dimension, width in enumerate(shape):
+        if tensor.shape[dimension] != width:
+            return tensor.narrow(dimension, rank * width, width).contiguous()
+    return tensor
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
