@@ -353,25 +353,34 @@ class Decoder final : public Engine {
     if (!segments_.empty()) expand(mine, linears, count, rows, y);
   }
 
-  // s[slice, i, j] = scale * (x[i] . A[j]), for every row's own adapter and its ranks.
+  // s[slice, i, j] = scale * (x[i] . A[j]), for every row's own adapter and its ranks. An item is a segment and a linear;
+  // where those are few, some eights of its ranks, so that a lone adapter occupies all threads.
   void shrink(const Linear* linears, int count, int depth, const Rows& x, int rows) {
-    const int columns = rank_columns(), groups = columns / SHRINK_RANKS;
-    team_.each(int(segments_.size()) * count * groups, 1, [&](int item) {
-      const int rank = item % groups * SHRINK_RANKS, index = item / groups % count;
-      const Segment& segment = segments_[item / groups / count];
+    const int columns = rank_columns(), pairs = int(segments_.size()) * count;
+    const int parts = std::clamp(4 * team_.size() / pairs, 1, columns / SHRINK_RANKS);
+    team_.each(pairs * parts, 1, [&](int item) {
+      const int index = item / parts % count;
+      const Segment& segment = segments_[item / parts / count];
       const Linear& linear = linears[index];
-      const float scale = linear.scales[segment.slot];
-      for (int j = rank; j < std::min(rank + SHRINK_RANKS, int(linear.ranks[segment.slot])); j += DOT_RANKS) {
-        const int page = linear.pages[int64_t(segment.slot) * model_.max_pages + j / PAGE_ROWS];
-        const T* a = static_cast<const T*>(linear.a) + (size_t(page) * PAGE_ROWS + j % PAGE_ROWS) * depth;
-        float* s = shrunk_.data() + (size_t(index) * rows + segment.first) * columns + j;
-        int row = 0;
-        for (; row + DOT_ROWS <= segment.rows; row += DOT_ROWS)
-          dot<DOT_ROWS>(x[segment.first + row], x.stride(), a, depth, scale, s + size_t(row) * columns, columns);
-        for (; row < segment.rows; ++row)
-          dot<1>(x[segment.first + row], x.stride(), a, depth, scale, s + size_t(row) * columns, columns);
-      }
+      float* s = shrunk_.data() + (size_t(index) * rows + segment.first) * columns;
+      for (int rank = item % parts * SHRINK_RANKS; rank < linear.ranks[segment.slot]; rank += parts * SHRINK_RANKS)
+        shrink_ranks(linear, segment, rank, depth, x, s + rank);
     });
+  }
+
+  // Up to SHRINK_RANKS of an adapter's ranks, from `rank` on.
+  void shrink_ranks(const Linear& linear, const Segment& segment, int rank, int depth, const Rows& x, float* s) const {
+    const int columns = rank_columns(), end = std::min(SHRINK_RANKS, int(linear.ranks[segment.slot]) - rank);
+    const int page = linear.pages[int64_t(segment.slot) * model_.max_pages + rank / PAGE_ROWS];
+    const T* a = static_cast<const T*>(linear.a) + (size_t(page) * PAGE_ROWS + rank % PAGE_ROWS) * depth;
+    const float scale = linear.scales[segment.slot];
+    for (int j = 0; j < end; j += DOT_RANKS, a += size_t(DOT_RANKS) * depth) {
+      int row = 0;
+      for (; row + DOT_ROWS <= segment.rows; row += DOT_ROWS)
+        dot<DOT_ROWS>(x[segment.first + row], x.stride(), a, depth, scale, s + size_t(row) * columns + j, columns);
+      for (; row < segment.rows; ++row)
+        dot<1>(x[segment.first + row], x.stride(), a, depth, scale, s + size_t(row) * columns + j, columns);
+    }
   }
 
   // y = x W, a panel of 32 columns by PROJECT_ROWS rows an item.

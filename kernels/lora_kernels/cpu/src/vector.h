@@ -51,7 +51,10 @@ inline Floats load(const float* from) {
 }
 
 inline Floats load(const BFloat16* from) {
-#if defined(__AVX2__) && !defined(__AVX512F__)  // one instruction, where GCC 12 makes five of what stands below
+#if defined(__AVX512F__)  // two instructions, where GCC 12 makes five of what stands below
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return bits_of<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+#elif defined(__AVX2__)
   const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return bits_of<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 #endif
