@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store demo-secure serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak k8s-check images gpu test-gpu bench-gpu test test-asan test-engine-long test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store demo-secure serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak k8s-check images kube-play gpu test-gpu bench-gpu test test-asan test-engine-long test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,6 +69,10 @@ k8s-check: $(K8S)/.ready ## the chart for Kubernetes 1.30 to 1.37, the Dockerfil
 images: $(VENV)/.run ## both images, and a call answered by the two containers
 	deploy/docker/images.sh
 
+kube-play: k8s-check $(VENV)/.dev ## the chart's CPU trial in podman, out of both images: it answers a call
+	deploy/docker/images.sh base_image build_images
+	$(RUN_TESTS) -q -m podman tests/deploy
+
 setup: $(VENV)/.dev ## the whole environment, for development
 
 demo: $(VENV)/.run ## both services, three adapters, one mixed batch
@@ -86,7 +90,7 @@ serve: $(VENV)/.run ## both services on their ports, adapters registered, until 
 # Minutes each suite may take on two busy cores. Two tests at a time, as most wait for servers to start; parity computes.
 test: lint $(VENV)/.redis ## everything CI runs
 	timeout 5m $(MAKE) --no-print-directory k8s-check
-	timeout 5m $(RUN_TESTS) -q -n 2 tests/deploy
+	timeout 5m $(RUN_TESTS) -q -n 2 -m 'not podman' tests/deploy
 	timeout 12m $(RUN_TESTS) -q -n 2 tests/adapter_store tests/contracts tests/common tests/fuzz tests/test_*.py
 	timeout 8m $(RUN_TESTS) -q -n 2 tests/kernels
 	timeout 12m $(RUN_TESTS) -q -n 2 tests/inference tests/cli
@@ -100,7 +104,7 @@ test-engine-long: $(VENV)/.dev ## the whole engine under 2,000 random histories,
 	MULTILORA_ENGINE_EXAMPLES=2000 $(RUN_TESTS) -q tests/inference/test_whole_engine.py
 
 test-fast: $(VENV)/.dev ## the tests that take seconds
-	$(RUN_TESTS) -q -m "not slow and not cuda"
+	$(RUN_TESTS) -q -m "not slow and not cuda and not podman"
 
 # The kernels' programs for a GPU need no environment: any Python with torch and triton, PYTHON=... where it is another.
 GPU_PYTHON = PYTHONPATH=.:kernels:.data/gpu-tests $(PYTHON)
