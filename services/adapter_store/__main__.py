@@ -165,7 +165,10 @@ async def serve(config: StoreConfig) -> None:
 
             port = opened.enter_context(metrics_served(config.host, config.metrics_port, store.catalog, server.calls))
             log.info("metrics on %s:%d", config.host, port)
-        async with serving(server, store, admin=admin, stop_grace=STOP_GRACE_SECONDS):
+        async with (
+            serving(server, store, admin=admin, stop_grace=STOP_GRACE_SECONDS),
+            server.health_at(config.security.health_address(config.host)),
+        ):
             print(f"listening on {where}", flush=True)
             log.info("blobs and log in %s, index in %s", config.blobs_place, config.index_shown)
             await wait_for_signal()

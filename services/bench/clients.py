@@ -10,6 +10,7 @@ import grpc.aio
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
 from services.bench.adapters import BASE_MODEL, CONFIG_FILE, WEIGHTS_FILE, Files, base_config
+from services.common.auth.credentials import NONE_SHOWN, Credentials, Metadata
 from services.common.wire import UPLOAD_CHUNK_BYTES, AdminStub, Chunk, UploadPart
 
 CHUNK_BYTES = 1 << 20
@@ -23,8 +24,8 @@ _OPTIONS = [
 Sink = Callable[[bytes], object]
 
 
-def connect(address: str) -> AbstractAsyncContextManager[grpc.aio.Channel]:
-    return grpc.aio.insecure_channel(address, options=_OPTIONS)
+def connect(address: str, credentials: Credentials = NONE_SHOWN) -> AbstractAsyncContextManager[grpc.aio.Channel]:
+    return credentials.aio_channel(address, _OPTIONS)
 
 
 async def register_base(channel: grpc.aio.Channel) -> None:
@@ -40,7 +41,7 @@ async def register(channel: grpc.aio.Channel, name: str, files: Files) -> str:
 
 
 async def upload(
-    channel: grpc.aio.Channel, name: str, files: Files, base_model: str
+    channel: grpc.aio.Channel, name: str, files: Files, base_model: str, *, metadata: Metadata = ()
 ) -> admin_pb2.RegisterVersionResponse:
     async def parts() -> AsyncIterator[UploadPart]:
         yield admin_pb2.RegisterVersionHeader(adapter=name, base_model=base_model)
@@ -48,7 +49,7 @@ async def upload(
             for data in _chunks(content, UPLOAD_CHUNK_BYTES):
                 yield Chunk(file, data)
 
-    answer: admin_pb2.RegisterVersionResponse = await AdminStub(channel).RegisterVersion(parts())
+    answer: admin_pb2.RegisterVersionResponse = await AdminStub(channel).RegisterVersion(parts(), metadata=metadata)
     return answer
 
 

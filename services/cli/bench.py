@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -25,117 +28,27 @@ if TYPE_CHECKING:
 app = App(help="Put load on a running server. Flags have the names of `vllm bench serve`.", no_args_is_help=True)
 
 Value = TypeVar("Value")
+Command = Callable[..., None]
 
-Kind = Annotated[Backend, typer.Option("--backend", help="gRPC, or POST /v1/completions of any server.")]
-BaseUrl = Annotated[str, typer.Option(help="http://host:port of an openai backend.")]
-Model = Annotated[str, typer.Option(help="Base model's name for an openai backend. Default: its first model.")]
-Modules = Annotated[str, typer.Option("--lora-modules", help="Adapters to ask for, separated by commas.")]
 Ranks = Annotated[str, typer.Option(help="Ranks of the adapters that are made, in turn, separated by commas.")]
-NumPrompts = Annotated[int, typer.Option(help="Requests of a run.")]
-Warmups = Annotated[int, typer.Option(help="Requests sent before, and not counted.")]
-Burstiness = Annotated[float, typer.Option(help="Shape of the Gamma arrivals, 1/cv²; 1 is a Poisson process.")]
-InputLen = Annotated[int, typer.Option(help="Tokens of a prompt.")]
-OutputLen = Annotated[int, typer.Option(help="Tokens of an answer.")]
-RangeRatio = Annotated[float, typer.Option(help="Lengths vary within (1 ± this) times these.")]
-VocabSize = Annotated[int, typer.Option(help="Prompts are random token ids below this.")]
-IgnoreEos = Annotated[bool, typer.Option(help="Generate to the full length.")]
-Seed = Annotated[int, typer.Option(help="Equal seeds ask equal questions at equal times.")]
-ZipfS = Annotated[float, typer.Option(help="Exponent of the mix zipf.")]
-PowerAlpha = Annotated[float, typer.Option(help="Exponent of the mix power, as S-LoRA's.")]
-SkewShare = Annotated[float, typer.Option(help="Share of the first adapter in the mix skewed.")]
-PercentileMetrics = Annotated[str, typer.Option(help="Of ttft, tpot, itl and e2el.")]
-Percentiles = Annotated[str, typer.Option("--metric-percentiles", help="Beside mean and median.")]
-SaveResult = Annotated[bool, typer.Option("--save-result", help="Append JSON lines to a file.")]
-ResultDir = Annotated[Path, typer.Option(help="Where that file is.")]
-ResultFilename = Annotated[str, typer.Option(help="Its name.")]
 
 
-@app.command()
-def run(
-    context: typer.Context,
-    backend: Kind = Backend.GRPC,
-    base_url: BaseUrl = "http://127.0.0.1:8000",
-    model: Model = "",
-    adapters: Annotated[int, typer.Option(help="Make and register this many random adapters; 0: the base.")] = 0,
-    ranks: Ranks = "16",
-    lora_modules: Modules = "",
-    num_prompts: NumPrompts = 100,
-    num_warmups: Warmups = 0,
-    request_rate: Annotated[float, typer.Option(help="Requests a second; inf: as concurrency allows.")] = math.inf,
-    burstiness: Burstiness = 1.0,
-    max_concurrency: Annotated[int | None, typer.Option(help="Most requests in flight.")] = None,
-    random_input_len: InputLen = 64,
-    random_output_len: OutputLen = 64,
-    random_range_ratio: RangeRatio = 0.0,
-    vocab_size: VocabSize = 1000,
-    ignore_eos: IgnoreEos = True,
-    seed: Seed = 0,
-    popularity: Annotated[Mix, typer.Option(help="Which adapters are asked for.")] = Mix.UNIFORM,
-    zipf_s: ZipfS = 1.0,
-    power_alpha: PowerAlpha = 0.5,
-    skew_share: SkewShare = 0.9,
-    percentile_metrics: PercentileMetrics = "ttft,tpot,itl,e2el",
-    metric_percentiles: Percentiles = "95,99",
-    save_result: SaveResult = False,
-    result_dir: ResultDir = Path(),
-    result_filename: ResultFilename = "bench.jsonl",
-    output: Output = Format.TABLE,
-) -> None:
-    """Send one load, and show time to first token, time per output token, and tokens a second."""
-    load = Load(
-        num_prompts=num_prompts,
-        num_warmups=num_warmups,
-        request_rate=request_rate,
-        burstiness=burstiness,
-        max_concurrency=max_concurrency,
-        random_input_len=random_input_len,
-        random_output_len=random_output_len,
-        random_range_ratio=random_range_ratio,
-        vocab_size=vocab_size,
-        ignore_eos=ignore_eos,
-        seed=seed,
-        popularity=Popularity(mix=popularity, zipf_s=zipf_s, power_alpha=power_alpha, skew_share=skew_share),
-    )
-    where = targets(context)
-    names = lora_modules.split(",") if lora_modules else _fleet(where, adapters, _numbers("--ranks", ranks, int))
-    wanted = _wanted(percentile_metrics, metric_percentiles)
-    result = _measure(where, backend, base_url, model, load, names, wanted)
-    _report(result, output, result_dir / result_filename if save_result else None)
-
-
-@app.command()
-def sweep(
-    context: typer.Context,
-    backend: Kind = Backend.GRPC,
-    base_url: BaseUrl = "http://127.0.0.1:8000",
-    model: Model = "",
-    adapters: Annotated[str, typer.Option(help="Numbers of random adapters, by commas; 0: the base.")] = "1,4,16",
-    ranks: Ranks = "16",
-    request_rates: Annotated[str, typer.Option(help="Requests a second, by commas.")] = "inf",
-    max_concurrencies: Annotated[str, typer.Option(help="Most requests in flight, by commas.")] = "8",
-    popularities: Annotated[list[Mix], typer.Option("--popularity", help="Repeatable.")] = [Mix.DISTINCT],  # noqa: B006
-    num_prompts: NumPrompts = 100,
-    num_warmups: Warmups = 0,
-    burstiness: Burstiness = 1.0,
-    random_input_len: InputLen = 64,
-    random_output_len: OutputLen = 64,
-    random_range_ratio: RangeRatio = 0.0,
-    vocab_size: VocabSize = 1000,
-    ignore_eos: IgnoreEos = True,
-    seed: Seed = 0,
-    zipf_s: ZipfS = 1.0,
-    power_alpha: PowerAlpha = 0.5,
-    skew_share: SkewShare = 0.9,
-    percentile_metrics: PercentileMetrics = "ttft,tpot,itl,e2el",
-    metric_percentiles: Percentiles = "95,99",
-    result_dir: ResultDir = Path(),
-    result_filename: ResultFilename = "bench.jsonl",
-    output: Output = Format.TABLE,
-) -> None:
-    """Run every combination of adapters, rates, concurrencies and mixes, one after the other; keep the results."""
-    from services.bench.load import run as runs
-
-    base = Load(
+def _load_of(
+    num_prompts: Annotated[int, typer.Option(help="Requests of a run.")] = 100,
+    num_warmups: Annotated[int, typer.Option(help="Requests sent before, and not counted.")] = 0,
+    burstiness: Annotated[float, typer.Option(help="Shape of the Gamma arrivals, 1/cv²; 1: Poisson's.")] = 1.0,
+    random_input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
+    random_output_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    random_range_ratio: Annotated[float, typer.Option(help="Lengths vary within (1 ± this) times these.")] = 0.0,
+    vocab_size: Annotated[int, typer.Option(help="Prompts are random token ids below this.")] = 1000,
+    ignore_eos: Annotated[bool, typer.Option(help="Generate to the full length.")] = True,
+    seed: Annotated[int, typer.Option(help="Equal seeds ask equal questions at equal times.")] = 0,
+    zipf_s: Annotated[float, typer.Option(help="Exponent of the mix zipf.")] = 1.0,
+    power_alpha: Annotated[float, typer.Option(help="Exponent of the mix power, as S-LoRA's.")] = 0.5,
+    skew_share: Annotated[float, typer.Option(help="Share of the first adapter in the mix skewed.")] = 0.9,
+) -> Load:
+    """What is asked; at which rate, how many at once and of which adapters is each command's own."""
+    return Load(
         num_prompts=num_prompts,
         num_warmups=num_warmups,
         burstiness=burstiness,
@@ -147,21 +60,105 @@ def sweep(
         seed=seed,
         popularity=Popularity(zipf_s=zipf_s, power_alpha=power_alpha, skew_share=skew_share),
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The server that is asked, as an openai backend where it is one, and what is told of its answers."""
+
+    backend: Annotated[Backend, typer.Option(help="gRPC, or POST /v1/completions of any server.")] = Backend.GRPC
+    base_url: Annotated[str, typer.Option(help="http(s)://host:port of an openai backend.")] = "http://127.0.0.1:8000"
+    model: Annotated[str, typer.Option(help="Base model's name for an openai backend. Default: its first model.")] = ""
+    percentile_metrics: Annotated[str, typer.Option(help="Of ttft, tpot, itl and e2el.")] = "ttft,tpot,itl,e2el"
+    metric_percentiles: Annotated[str, typer.Option(help="Beside mean and median.")] = "95,99"
+    result_dir: Annotated[Path, typer.Option(help="Where the file of results is.")] = Path()
+    result_filename: Annotated[str, typer.Option(help="Its name; JSON lines are appended.")] = "bench.jsonl"
+    output: Output = Format.TABLE
+
+    @property
+    def results(self) -> Path:
+        return self.result_dir / self.result_filename
+
+    def wanted(self) -> Wanted:
+        """Raises InvalidArgument."""
+        from services.bench.load.summary import Wanted
+
+        percentiles = _numbers("--metric-percentiles", self.metric_percentiles, float)
+        return Wanted(tuple(self.percentile_metrics.split(",")), tuple(percentiles))
+
+
+def _with_flags(**groups: Callable[..., object]) -> Callable[[Command], Command]:
+    """Gives a command the flags of each group besides its own; what a group makes of them comes under its name."""
+
+    def extended(command: Command) -> Command:
+        names = {name: list(inspect.signature(group).parameters) for name, group in groups.items()}
+        parameters = [each for each in _flags(command) if each.name not in groups]
+        parameters += [each for group in groups.values() for each in _flags(group)]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            made = {name: group(**{flag: values.pop(flag) for flag in names[name]}) for name, group in groups.items()}
+            command(**values, **made)
+
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return extended
+
+
+def _flags(function: Callable[..., object]) -> list[inspect.Parameter]:
+    hints = get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    return [each.replace(annotation=hints[each.name], kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+
+
+@app.command()
+@_with_flags(load=_load_of, asked=Asked)
+def run(
+    context: typer.Context,
+    load: Load,
+    asked: Asked,
+    adapters: Annotated[int, typer.Option(help="Make and register this many random adapters; 0: the base.")] = 0,
+    ranks: Ranks = "16",
+    lora_modules: Annotated[str, typer.Option(help="Adapters to ask for, separated by commas.")] = "",
+    request_rate: Annotated[float, typer.Option(help="Requests a second; inf: as concurrency allows.")] = math.inf,
+    max_concurrency: Annotated[int | None, typer.Option(help="Most requests in flight.")] = None,
+    popularity: Annotated[Mix, typer.Option(help="Which adapters are asked for.")] = Mix.UNIFORM,
+    save_result: Annotated[bool, typer.Option("--save-result", help="Append the result to a file.")] = False,
+) -> None:
+    """Send one load, and show time to first token, time per output token, and tokens a second."""
+    mix = replace(load.popularity, mix=popularity)
+    load = replace(load, request_rate=request_rate, max_concurrency=max_concurrency, popularity=mix)
+    where = targets(context)
+    names = lora_modules.split(",") if lora_modules else _fleet(where, adapters, _numbers("--ranks", ranks, int))
+    result = _measure(where, asked, load, names)
+    _report(result, asked.output, asked.results if save_result else None)
+
+
+@app.command()
+@_with_flags(load=_load_of, asked=Asked)
+def sweep(
+    context: typer.Context,
+    load: Load,
+    asked: Asked,
+    adapters: Annotated[str, typer.Option(help="Numbers of random adapters, by commas; 0: the base.")] = "1,4,16",
+    ranks: Ranks = "16",
+    request_rates: Annotated[str, typer.Option(help="Requests a second, by commas.")] = "inf",
+    max_concurrencies: Annotated[str, typer.Option(help="Most requests in flight, by commas.")] = "8",
+    popularities: Annotated[list[Mix], typer.Option("--popularity", help="Repeatable.")] = [Mix.DISTINCT],  # noqa: B006
+) -> None:
+    """Run every combination of adapters, rates, concurrencies and mixes, one after the other; keep the results."""
+    from services.bench.load import run as runs
+
     counts = _numbers("--adapters", adapters, int)
-    points = list(
-        runs.sweep(
-            base,
-            _numbers("--request-rates", request_rates, float),
-            _numbers("--max-concurrencies", max_concurrencies, int),
-            popularities,
-            counts,
-        )
-    )
-    where, wanted = targets(context), _wanted(percentile_metrics, metric_percentiles)
+    rates = _numbers("--request-rates", request_rates, float)
+    concurrencies = _numbers("--max-concurrencies", max_concurrencies, int)
+    points = list(runs.sweep(load, rates, concurrencies, popularities, counts))
+    where = targets(context)
     names = _fleet(where, max(counts), _numbers("--ranks", ranks, int))
-    for load, count in points:
-        result = _measure(where, backend, base_url, model, load, names[:count], wanted)
-        _report(result, output, result_dir / result_filename)
+    for point, count in points:
+        _report(_measure(where, asked, point, names[:count]), asked.output, asked.results)
 
 
 @app.command()
@@ -186,23 +183,34 @@ def _fleet(where: Targets, adapters: int, ranks: Sequence[int]) -> list[str]:
     import grpc
 
     from services.bench.fleet import register_fleet
-    from services.cli.clients import store_admin_address
+    from services.cli.clients import credentials_of, store_admin_address
     from services.common.rpc import from_rpc_error
 
+    store, credentials = store_admin_address(where), credentials_of(where)
     try:
-        return asyncio.run(register_fleet(store_admin_address(where), where.server, adapters, ranks))
+        return asyncio.run(register_fleet(store, where.server, adapters, ranks, credentials=credentials))
     except grpc.RpcError as error:
         raise from_rpc_error(error) from None
 
 
-def _measure(
-    where: Targets, backend: Backend, base_url: str, model: str, load: Load, adapters: Sequence[str], wanted: Wanted
-) -> Result:
+def _measure(where: Targets, asked: Asked, load: Load, adapters: Sequence[str]) -> Result:
     from services.bench.load.run import measure
+    from services.cli.clients import credentials_of
 
-    address = where.server if backend is Backend.GRPC else base_url
+    address = where.server if asked.backend is Backend.GRPC else asked.base_url
     with _progress(load.num_prompts) as advance:
-        return asyncio.run(measure(backend, address, load, adapters, model=model, wanted=wanted, on_end=advance))
+        return asyncio.run(
+            measure(
+                asked.backend,
+                address,
+                load,
+                adapters,
+                model=asked.model,
+                credentials=credentials_of(where),
+                wanted=asked.wanted(),
+                on_end=advance,
+            )
+        )
 
 
 @contextlib.contextmanager
@@ -236,12 +244,6 @@ def _report(result: Result, output: Format, path: Path | None) -> None:
     setup = result.setup
     title = f"{setup['num_adapters']} adapters, {setup['mix']}, {setup['request_rate']} req/s, "
     print_table([result], Console(), title + f"at most {setup['max_concurrency'] or 'any number'} in flight")
-
-
-def _wanted(metrics: str, percentiles: str) -> Wanted:
-    from services.bench.load.summary import Wanted
-
-    return Wanted(tuple(metrics.split(",")), tuple(_numbers("--metric-percentiles", percentiles, float)))
 
 
 def _numbers(flag: str, text: str, kind: Callable[[str], Value]) -> list[Value]:

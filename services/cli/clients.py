@@ -37,6 +37,12 @@ def store_admin_address(targets: Targets) -> str:
     return targets.store_admin or admin_address(targets.store)
 
 
+def credentials_of(targets: Targets) -> Credentials:
+    return Credentials(
+        ca=targets.ca, cert=targets.cert, key=targets.key, token=targets.token, token_file=targets.token_file
+    )
+
+
 @contextlib.contextmanager
 def store_admin(targets: Targets) -> Iterator[AdminStub]:
     """The adapter store's administration."""
@@ -78,9 +84,7 @@ class _Details(grpc.ClientCallDetails):
 @contextlib.contextmanager
 def _channel(targets: Targets, address: str, what: str, option: str) -> Iterator[grpc.Channel]:
     options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
-    credentials = Credentials(
-        ca=targets.ca, cert=targets.cert, key=targets.key, token=targets.token, token_file=targets.token_file
-    )
+    credentials = credentials_of(targets)
     caller = _Caller(targets.actor, credentials)
     with credentials.channel(address, options) as channel:
         try:

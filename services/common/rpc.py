@@ -219,14 +219,7 @@ class GrpcServer:
 
     def bind(self, address: str) -> int:
         """Listen on `host:port` (port 0: any free one) and return the port. Raises Unavailable when taken."""
-        try:
-            if self._tls is None:
-                return self.server.add_insecure_port(address)
-            return self.server.add_secure_port(address, self._tls.server_credentials())
-        except RuntimeError as error:
-            raise Unavailable(
-                "ADDRESS_IN_USE", f"cannot listen on {address}; another process may hold the port: {error}"
-            ) from error
+        return _bind(self.server, address, self._tls)
 
     async def start(self) -> None:
         await self.set_serving(False)
@@ -236,10 +229,39 @@ class GrpcServer:
         for name in self._names:
             await self._health.set(name, HEALTHY if serving else UNHEALTHY)
 
+    @contextlib.asynccontextmanager
+    async def health_at(self, address: str | None) -> AsyncIterator[None]:
+        """Serve its health, and nothing else, in plain text too: a kubelet's probe speaks no TLS.
+
+        address: None serves it nowhere else. Raises Unavailable when taken.
+        """
+        if address is None:
+            yield
+            return
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        _bind(server, address, None)
+        await server.start()
+        try:
+            yield
+        finally:
+            await server.stop(0)
+
     async def stop(self, grace: float) -> None:
         """Refuse new calls, give those in flight `grace` seconds, then end."""
         await self.set_serving(False)
         await self.server.stop(grace)
+
+
+def _bind(server: grpc.aio.Server, address: str, tls: Tls | None) -> int:
+    try:
+        if tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, tls.server_credentials())
+    except RuntimeError as error:
+        raise Unavailable(
+            "ADDRESS_IN_USE", f"cannot listen on {address}; another process may hold the port: {error}"
+        ) from error
 
 
 async def wait_for_signal() -> None:

@@ -95,6 +95,7 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
         for server, _ in servers:
             await server.start()
             opened.push_async_callback(server.stop, 1.0)
+        await opened.enter_async_context(grpc_server.health_at(config.security.health_address(config.host)))
         await warm_up(control, config.warm_adapters)
         async with _http(http_socket, create_app(serving, control, grpc_server.calls, guard), tls):
             await _set_serving(servers, True)

@@ -90,7 +90,7 @@ def test_requests_are_not_sent_before_they_are_due(pair: Pair) -> None:
     assert sent[-1] - sent[0] > due[-1] - due[1]
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "https://127.0.0.1", "ftp://x"])
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "https://", "ftp://x"])
 def test_an_address_that_is_no_http_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidArgument, match="--base-url"):
         asyncio.run(measure(Backend.OPENAI, url, Load(), []))

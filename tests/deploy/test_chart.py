@@ -101,12 +101,14 @@ def test_secrets_are_named_and_never_values(rendered: Render) -> None:
     assert not [kind for kind, _ in documents if kind == "Secret"]
 
 
-def test_readiness_is_asked_where_the_kubelet_can_ask(rendered: Render) -> None:
-    """Its gRPC probe speaks no TLS."""
-    assert container(rendered(), "inference")["readinessProbe"]["grpc"] == {"port": 50051}
-    secured = rendered(values="one-gpu")
-    assert container(secured, "inference")["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
-    assert container(secured, "store")["readinessProbe"]["httpGet"]["path"] == "/metrics"
+@pytest.mark.parametrize("flags", [(), ("--set", "security.clientCaSecret=ca")])
+@pytest.mark.parametrize("values", ALL_VALUES)
+def test_readiness_is_the_health_the_services_serve(values: str, flags: tuple[str, ...], rendered: Render) -> None:
+    documents = rendered(*flags, values=values)
+    for part, port in (("store", 50072), ("inference", 50071)):
+        only = container(documents, part)
+        assert only["startupProbe"]["grpc"] == only["readinessProbe"]["grpc"] == {"port": port}
+        assert f"--health-port={port}" in only["args"]
 
 
 def test_nothing_is_open_beyond_the_namespace_unless_named(rendered: Render) -> None:

@@ -106,14 +106,3 @@ env:
 {{- end }}
 {{- end }}
 {{- end }}
-
-{{/* Readiness from the service's own gRPC health. The kubelet's gRPC probe speaks no TLS: then over HTTP. */}}
-{{- define "multilora.ready" -}}
-{{- if .root.Values.security.clientCaSecret -}}
-tcpSocket: { port: {{ .grpc }} }
-{{- else if .root.Values.security.tlsSecret -}}
-httpGet: { port: {{ .http }}, path: {{ .path }}, scheme: {{ .scheme }} }
-{{- else -}}
-grpc: { port: {{ .grpc }} }
-{{- end }}
-{{- end }}

@@ -15,6 +15,7 @@ from services.bench.load.popularity import Mix
 from services.bench.load.summary import Wanted, summarise
 from services.bench.load.targets import connect
 from services.bench.results import Figure, Result
+from services.common.auth.credentials import NONE_SHOWN, Credentials
 
 BENCHMARK = "load"
 
@@ -26,11 +27,12 @@ async def measure(
     adapters: Sequence[str],
     *,
     model: str = "",
+    credentials: Credentials = NONE_SHOWN,
     wanted: Wanted | None = None,
     on_end: Callable[[Answer], None] = nothing,
 ) -> Result:
     """Run the load once. Raises Unavailable when no server answers over HTTP."""
-    async with connect(backend, address, model=model) as target:
+    async with connect(backend, address, model=model, credentials=credentials) as target:
         answers = await run_load(target, load, adapters, on_end)
     metrics = summarise(answers, wanted)
     return Result(BENCHMARK, setup(backend, load, len(adapters)), metrics, figures(metrics))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
 import grpc
@@ -17,6 +19,7 @@ from multilora.common.v1 import common_pb2
 from multilora.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.bench.load.answer import Answer
 from services.bench.load.plan import Backend, Planned
+from services.common.auth.credentials import NONE_SHOWN, Credentials, Metadata
 from services.common.errors import InvalidArgument, MultiloraError, Unavailable
 from services.common.rpc import MAX_MESSAGE_BYTES, from_rpc_error
 
@@ -31,23 +34,26 @@ class Target(Protocol):
 
 
 @contextlib.asynccontextmanager
-async def connect(backend: Backend, address: str, *, model: str = "") -> AsyncIterator[Target]:
+async def connect(
+    backend: Backend, address: str, *, model: str = "", credentials: Credentials = NONE_SHOWN
+) -> AsyncIterator[Target]:
     """A target at host:port (gRPC) or a base URL (OpenAI); model: the base model's name over HTTP.
 
     Raises Unavailable when nothing answers over HTTP.
     """
     if backend is Backend.OPENAI:
-        host, port = _host_and_port(address)
-        yield HttpTarget(host, port, model or await _first_model(host, port))
+        server = _HttpServer.at(address, credentials)
+        yield HttpTarget(server, model or await _first_model(server))
         return
     options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
-        yield GrpcTarget(channel)
+    async with credentials.aio_channel(address, options) as channel:
+        yield GrpcTarget(channel, credentials.metadata())
 
 
 class GrpcTarget:
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, metadata: Metadata) -> None:
         self._stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        self._metadata = metadata
 
     async def ask(self, request: Planned, answer: Answer) -> None:
         message = inference_pb2.GenerateRequest(
@@ -56,7 +62,7 @@ class GrpcTarget:
             stopping=inference_pb2.StoppingParams(max_tokens=request.max_tokens, ignore_eos=request.ignore_eos),
         )
         try:
-            async for event in self._stub.Generate(message):
+            async for event in self._stub.Generate(message, metadata=self._metadata):
                 match event.WhichOneof("event"):
                     case "started":
                         answer.num_input, answer.version = event.started.prompt_tokens, event.started.version
@@ -70,12 +76,34 @@ class GrpcTarget:
             raise from_rpc_error(error) from None
 
 
+@dataclass(frozen=True, slots=True)
+class _HttpServer:
+    """encryption: None speaks plain text; headers: of every request, each line ended"""
+
+    host: str
+    port: int
+    encryption: ssl.SSLContext | None
+    headers: str
+
+    @classmethod
+    def at(cls, url: str, credentials: Credentials) -> Self:
+        """Raises InvalidArgument."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidArgument(
+                "INVALID_FIELD", f"--base-url is {url!r}; give http://host:port, or https", field="--base-url"
+            )
+        encryption = credentials.http_context() if parts.scheme == "https" else None
+        shown = "".join(f"{name}: {value!s}\r\n" for name, value in credentials.metadata())
+        return cls(parts.hostname, parts.port or (443 if encryption else 80), encryption, shown)
+
+
 class HttpTarget:
     """A connection per request. Reads just the HTTP/1.1 that servers stream with, as a client that parses all of it
     takes more of the machine than some servers do."""
 
-    def __init__(self, host: str, port: int, model: str) -> None:
-        self._host, self._port, self._model = host, port, model
+    def __init__(self, server: _HttpServer, model: str) -> None:
+        self._server, self._model = server, model
 
     async def ask(self, request: Planned, answer: Answer) -> None:
         body = {
@@ -87,7 +115,7 @@ class HttpTarget:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        async with _exchange(self._host, self._port, "POST", "/v1/completions", body) as lines:
+        async with _exchange(self._server, "POST", "/v1/completions", body) as lines:
             async for line in lines:
                 if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                     continue
@@ -101,24 +129,27 @@ class HttpTarget:
                     answer.num_input, answer.num_output = usage["prompt_tokens"], usage["completion_tokens"]
 
 
-async def _first_model(host: str, port: int) -> str:
-    async with _exchange(host, port, "GET", "/v1/models") as lines:
+async def _first_model(server: _HttpServer) -> str:
+    async with _exchange(server, "GET", "/v1/models") as lines:
         text = b"\n".join([line async for line in lines])
     return str(json.loads(text)["data"][0]["id"])
 
 
 @contextlib.asynccontextmanager
 async def _exchange(
-    host: str, port: int, method: str, path: str, body: Any = None
+    server: _HttpServer, method: str, path: str, body: Any = None
 ) -> AsyncIterator[AsyncIterator[bytes]]:
     """One request: the lines of the answer's body. Raises Unavailable without an answer, or one of another status."""
+    where = f"{server.host}:{server.port}"
     try:
-        reader, writer = await asyncio.open_connection(host, port, limit=_LINE_BYTES)
+        reader, writer = await asyncio.open_connection(
+            server.host, server.port, limit=_LINE_BYTES, ssl=server.encryption
+        )
     except OSError as error:
-        raise Unavailable("NOT_REACHABLE", f"no server answers at {host}:{port}: {error}") from error
+        raise Unavailable("NOT_REACHABLE", f"no server answers at {where}: {error}") from error
     try:
         data = b"" if body is None else json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: {where}\r\nConnection: close\r\n{server.headers}"
         head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         writer.write(head.encode() + data)
         status = int((await reader.readline()).split()[1])
@@ -132,7 +163,7 @@ async def _exchange(
             raise Unavailable(_reason_of_body([line async for line in lines], status), f"{path} answered {status}")
         yield lines
     except (OSError, EOFError, IndexError) as error:
-        raise Unavailable("CONNECTION_LOST", f"{host}:{port} ended the answer early: {error}") from error
+        raise Unavailable("CONNECTION_LOST", f"{where} ended the answer early: {error}") from error
     finally:
         writer.close()
 
@@ -165,13 +196,6 @@ def _reason_of_body(lines: list[bytes], status: int) -> str:
 
 def _reason(error: dict[str, Any]) -> str:
     return str(error.get("code") or error.get("type") or "ERROR")
-
-
-def _host_and_port(url: str) -> tuple[str, int]:
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise InvalidArgument("INVALID_FIELD", f"--base-url is {url!r}; give http://host:port", field="--base-url")
-    return parts.hostname, parts.port or 80
 
 
 def reason(error: BaseException) -> str:

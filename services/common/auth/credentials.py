@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,16 @@ class Credentials:
             return grpc.aio.insecure_channel(address, options)
         return grpc.aio.secure_channel(address, found, options)
 
+    def http_context(self) -> ssl.SSLContext:
+        """For https. Raises InvalidArgument naming the file that is no CA, or no certificate and its key."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.cert is not None:
+                context.load_cert_chain(self.cert, self.key)
+        except (ssl.SSLError, OSError) as error:
+            raise InvalidArgument("FILE_NOT_READABLE", f"{self.ca or self.cert} cannot be used: {error}") from error
+        return context
+
     def metadata(self) -> Metadata:
         """Of every call. Raises InvalidArgument when the token's file cannot be read."""
         token = self.token if self.token_file is None else _read(self.token_file).decode().strip()
@@ -60,6 +71,9 @@ class Credentials:
             return None
         ca, key, cert = (None if path is None else _read(path) for path in (self.ca, self.key, self.cert))
         return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+NONE_SHOWN = Credentials()
 
 
 def callers_metadata() -> Metadata:

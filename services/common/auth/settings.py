@@ -32,6 +32,7 @@ class Security:
     tokens: the file of who may call; None asks for none
     audit_log: file that changes are appended to, `-` for standard error; empty keeps none
     insecure: take calls from elsewhere though nobody is asked who they are
+    health_port: of gRPC health alone, in plain text, for probes; None: only where everything else is
     """
 
     tls_cert: Path | None = None
@@ -40,12 +41,15 @@ class Security:
     tokens: Path | None = None
     audit_log: str = ""
     insecure: bool = False
+    health_port: int | None = None
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise _invalid("--tls-cert", "and --tls-key go together; give both")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise _invalid("--tls-client-ca", "needs --tls-cert and --tls-key; give them too")
+        if self.health_port is not None and not 0 < self.health_port <= 65535:
+            raise _invalid("--health-port", f"is {self.health_port}; it must be 1 to 65535")
 
     def check_host(self, host: str) -> None:
         """Raise InvalidArgument when anybody elsewhere could call without being asked who they are."""
@@ -61,6 +65,10 @@ class Security:
             log.warning(
                 "tokens and answers travel in plain text; give --tls-cert and --tls-key, or see to it otherwise"
             )
+
+    def health_address(self, host: str) -> str | None:
+        where = f"[{host}]" if ":" in host else host
+        return None if self.health_port is None else f"{where}:{self.health_port}"
 
     def tls(self) -> Tls | None:
         if self.tls_cert is None or self.tls_key is None:
@@ -85,6 +93,9 @@ class Security:
             parser, "--tokens", "who may call, TOML or JSON (multilora tokens create); read again when it changes", path
         )
         _add(parser, "--audit-log", "append a line for every change; - is standard error", path)
+        parser.add_argument(
+            "--health-port", type=int, help="of gRPC health alone, in plain text: for probes, which speak no TLS"
+        )
         parser.add_argument(
             "--insecure",
             action="store_true",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc
 from services.bench.certificates import Authority, Pair
@@ -148,8 +149,23 @@ def test_open_services_start_on_loopback_only(tmp_path: Path, tiny_model: Path) 
         (("--tokens", "none.toml"), "--tokens: none.toml cannot be read"),
         (("--audit-log", "no/such/place"), "--audit-log: no/such/place"),
         (("--admin-port", "70000"), "--admin-port is 70000"),
+        (("--health-port", "0"), "--health-port is 0"),
     ],
 )
 def test_wrong_flags_are_named(tmp_path: Path, flags: tuple[str, ...], what: str) -> None:
     with ended("adapter_store", "--data-dir", str(tmp_path), *flags) as line:
         assert what in line
+
+
+def test_health_alone_is_in_plain_text_where_clients_show_certificates(
+    authority: Authority, shown: Pair, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = (*tls_flags(shown), "--tls-client-ca", str(authority.ca), "--health-port", str(port))
+    with run_store(tmp_path / "store", *flags), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        error = error_of(f"127.0.0.1:{port}", Credentials())
+        assert error is not None
+        assert error.code == "UNIMPLEMENTED"

@@ -1208,7 +1208,9 @@ class HistoryEntry(_message.Message):
     revision: _builtins.int
     """Revision of the adapter that it made."""
     actor: _builtins.str
-    """Who asked for it, as they named themselves; empty when not known."""
+    """Who asked for it: `ci`, by token or certificate; `ci (jane)` when the call named somebody, who is not checked; that
+    name alone where nobody is asked who they are. Empty when not known.
+    """
     kind: _common_pb2.ChangeKind.ValueType
     """What changed."""
     version: _builtins.int

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class AdapterAdminServiceStub:
     """Registers base models and adapters, and moves what names mean.
-    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
+    The history says who asked for a change: whom the token or the client's certificate names. Whoever asks for somebody
+    else may say for whom in the metadata `x-multilora-actor`, which is recorded beside that name and not checked.
     """
 
     def __init__(self, channel):
@@ -130,7 +131,8 @@ class AdapterAdminServiceStub:
 
 class AdapterAdminServiceServicer:
     """Registers base models and adapters, and moves what names mean.
-    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
+    The history says who asked for a change: whom the token or the client's certificate names. Whoever asks for somebody
+    else may say for whom in the metadata `x-multilora-actor`, which is recorded beside that name and not checked.
     """
 
     def RegisterBaseModel(self, request, context):
@@ -364,7 +366,8 @@ def add_AdapterAdminServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterAdminService:
     """Registers base models and adapters, and moves what names mean.
-    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
+    The history says who asked for a change: whom the token or the client's certificate names. Whoever asks for somebody
+    else may say for whom in the metadata `x-multilora-actor`, which is recorded beside that name and not checked.
     """
 
     @staticmethod

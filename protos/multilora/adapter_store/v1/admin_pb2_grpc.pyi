@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class AdapterAdminServiceStub:
     """Registers base models and adapters, and moves what names mean.
-    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
+    The history says who asked for a change: whom the token or the client's certificate names. Whoever asks for somebody
+    else may say for whom in the metadata `x-multilora-actor`, which is recorded beside that name and not checked.
     """
 
     @_typing.overload
@@ -79,7 +80,8 @@ class AdapterAdminServiceStub:
 @_typing.type_check_only
 class AdapterAdminServiceAsyncStub(AdapterAdminServiceStub):
     """Registers base models and adapters, and moves what names mean.
-    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
+    The history says who asked for a change: whom the token or the client's certificate names. Whoever asks for somebody
+    else may say for whom in the metadata `x-multilora-actor`, which is recorded beside that name and not checked.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -126,7 +128,8 @@ class AdapterAdminServiceAsyncStub(AdapterAdminServiceStub):
 
 class AdapterAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Registers base models and adapters, and moves what names mean.
-    Who asks may be named in the metadata `x-multilora-actor`; it is recorded in the history, and not checked.
+    The history says who asked for a change: whom the token or the client's certificate names. Whoever asks for somebody
+    else may say for whom in the metadata `x-multilora-actor`, which is recorded beside that name and not checked.
     """
 
     @_abc_1.abstractmethod

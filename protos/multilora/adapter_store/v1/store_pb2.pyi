@@ -281,7 +281,7 @@ class WatchAdaptersResponse(_message.Message):
     base_model: _builtins.str
     """Base model that changed; empty for all other kinds."""
     actor: _builtins.str
-    """Who asked for it, as they named themselves; empty when not known."""
+    """Who asked for it, as HistoryEntry.actor has it; empty when not known."""
     @_builtins.property
     def changed_at(self) -> _timestamp_pb2.Timestamp:
         """When it was changed."""
