@@ -5,8 +5,8 @@
 A JSON line a case goes to `kernels/bench/results/`, a table against gates and aims to the terminal. Per layer: its four
 linear groups, each a base matmul and what adds LoRA to it; *extra* is the graph with LoRA less the graph without, taken
 in turns. The floor is the bytes of the adapters in the batch, each read once at the bandwidth of a copy in the same
-run; eta is floor over extra. `--device cpu` runs everything once in Triton's interpreter, at small shapes, compares it
-with the reference, and times nothing.
+run; eta is floor over extra. Ways with fewer launches make a group's base and LoRA together. `--device cpu` runs
+everything once in Triton's interpreter, at small shapes, compares it with the reference, and times nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if {"cpu", "--device=cpu"} & set(sys.argv):  # decided when a kernel is decorate
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from torch import Tensor
 
 from kernels.bench import cuda, peers
 from kernels.bench.cases import (
@@ -44,7 +45,8 @@ from kernels.bench.cases import (
 from kernels.bench.gates import table
 from lora_kernels import LoraBatch, WorkList
 from lora_kernels.reference import TOLERANCES, apply_lora_reference
-from lora_kernels.triton_path import apply_lora_triton
+from lora_kernels.triton_fused import linear_beside_shrink, linear_expand
+from lora_kernels.triton_path import apply_lora_triton, empty_shrunk, shrink
 from lora_kernels.triton_work_list import build_work_list
 
 LAYERS = 4
@@ -54,6 +56,10 @@ INTERPRETED = (Case(5, 3, (8, 33)), Case(40, 2, (16,), segments=True))
 CHECKED_ROWS = 8
 PEER_TOLERANCE = 0.06
 """Peers round on the way, to 16 bits; this only says that what was timed computes LoRA."""
+
+
+Way = Callable[[int, str], Tensor]
+"""y of a layer's group: what the base linear and LoRA make of x."""
 
 
 class Ours:
@@ -79,22 +85,56 @@ class Ours:
         layer = self._layers[index]
         apply_lora_triton(layer.y[group], layer.x[group], self._weights[index][group], self._batch)
 
+    def ways(self) -> dict[str, Way]:
+        """Those with fewer launches, or two at a time, that the device can run: a group's base and LoRA together."""
+        ways: dict[str, Way] = {"linear_expand": self._linear_expand}
+        if self.work.packed.is_cuda:
+            side = torch.cuda.Stream()
+            ways["linear_beside_shrink"] = lambda index, group: self._beside(index, group, side)
+        return ways
+
+    def _linear_expand(self, index: int, group: str) -> Tensor:
+        x, weights = self._layers[index].x[group], self._weights[index][group]
+        shrunk = empty_shrunk(x, weights, self.work)
+        shrink(shrunk, x, weights, self._batch)
+        return linear_expand(x, self._layers[index].base[group], shrunk, weights, self._batch)
+
+    def _beside(self, index: int, group: str, side: torch.cuda.Stream) -> Tensor:
+        layer, weights = self._layers[index], self._weights[index][group]
+        return linear_beside_shrink(
+            lambda x: torch.mm(x, layer.base[group].T, out=layer.y[group]), layer.x[group], weights, self._batch, side
+        )
+
 
 def check(name: str, apply: peers.Apply, layers: list[Layer], case: Case) -> None:
     """Compare every group of every layer with the reference, on some rows."""
-    rows = torch.linspace(0, case.rows - 1, min(case.rows, CHECKED_ROWS)).long().tolist()
+    tolerances = None if name == "ours" else (PEER_TOLERANCE, PEER_TOLERANCE)
     for index, layer in enumerate(layers):
-        for group, slots in layer.adapters.items():
-            x, y = layer.x[group], layer.y[group]
-            outs = [one.b.shape[1] for one in slots[0]]
-            expected = apply_lora_reference(
-                y[rows], x[rows], [case.row_slots[row] for row in rows], dict(enumerate(slots)), outs
-            )
+        for group, y in layer.y.items():
             before = y.clone()
             apply(index, group)
-            rtol, atol = TOLERANCES[y.dtype] if name == "ours" else (PEER_TOLERANCE, PEER_TOLERANCE)
-            torch.testing.assert_close(y[rows].double(), expected, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
+            compare(name, layer, group, before, y, case, tolerances)
             y.copy_(before)
+
+
+def check_way(name: str, way: Way, layers: list[Layer], case: Case) -> None:
+    """As `check`. What rounds at other places than the base and the pair do is held to the peers' tolerance."""
+    for index, layer in enumerate(layers):
+        for group, x in layer.x.items():
+            base = x @ layer.base[group].T
+            compare(name, layer, group, base, way(index, group), case, (PEER_TOLERANCE, PEER_TOLERANCE))
+
+
+def compare(
+    name: str, layer: Layer, group: str, base: Tensor, y: Tensor, case: Case, tolerances: tuple[float, float] | None
+) -> None:
+    """y of some rows with base and the adapters' part by the reference; tolerances: else our kernels' own."""
+    rows = torch.linspace(0, case.rows - 1, min(case.rows, CHECKED_ROWS)).long().tolist()
+    slots, row_slots = layer.adapters[group], [case.row_slots[row] for row in rows]
+    outs = [one.b.shape[1] for one in slots[0]]
+    expected = apply_lora_reference(base[rows], layer.x[group][rows], row_slots, dict(enumerate(slots)), outs)
+    rtol, atol = tolerances or TOLERANCES[y.dtype]
+    torch.testing.assert_close(y[rows].double(), expected, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
 def host_us(stage: Callable[[], object], rounds: int = 200) -> float:
@@ -122,12 +162,23 @@ def layer_graph(layers: list[Layer], apply: peers.Apply | None, base: bool) -> t
     return cuda.capture(run)
 
 
+def way_graph(layers: list[Layer], way: Way) -> torch.cuda.CUDAGraph:
+    def run() -> None:
+        for index, layer in enumerate(layers):
+            for group in layer.x:
+                way(index, group)
+
+    return cuda.capture(run)
+
+
 def measure(layers: list[Layer], applied: Mapping[str, Any], floor_us: float, rounds: int) -> dict[str, Any]:
     """Per layer, in microseconds: quartiles of each way with the base, and of LoRA alone."""
     graphs = {"base": layer_graph(layers, None, base=True)}
     for name, apply in applied.items():
         graphs[name] = layer_graph(layers, apply, base=True)
         graphs[f"{name}_alone"] = layer_graph(layers, apply, base=False)
+    for name, way in applied["ours"].ways().items():
+        graphs[name] = way_graph(layers, way)
     graphs["work_list"] = cuda.capture(lambda: build_work_list(applied["ours"].work))
     taken = cuda.interleaved_us(graphs, rounds)
     work_list = statistics.median(taken.pop("work_list"))
@@ -143,6 +194,9 @@ def measure(layers: list[Layer], applied: Mapping[str, Any], floor_us: float, ro
             "extra_us": round(extra, 3),
             "eta": round(floor_us / extra, 4) if extra > 0 else None,
         }
+    for name in applied["ours"].ways():
+        extra = quartiles[name][1] - metrics["base_us"][1]
+        metrics[name] = {"layer_us": quartiles[name], "extra_us": round(extra, 3)}
     metrics["ours"]["work_list_us"] = round(work_list, 3)
     metrics["ours"]["host_us"] = round(host_us(applied["ours"].stage), 2)
     return metrics
@@ -158,6 +212,8 @@ def run_case(case: Case, options: argparse.Namespace, sources: Path | None, band
         applied |= {name: build(sources, layers, case) for name, build in peers.PEERS.items()}
     for name, apply in applied.items():
         check(name, apply, layers, case)
+    for name, way in applied["ours"].ways().items():
+        check_way(name, way, layers, case)
     floor = adapter_bytes(shape, case, dtype)
     setup = {
         "rows": case.rows,
@@ -170,7 +226,9 @@ def run_case(case: Case, options: argparse.Namespace, sources: Path | None, band
         "dtype": str(dtype).removeprefix("torch."),
     }
     metrics = (
-        measure(layers, applied, 1e6 * floor / bandwidth, options.rounds) if on_gpu else {"checked": list(applied)}
+        measure(layers, applied, 1e6 * floor / bandwidth, options.rounds)
+        if on_gpu
+        else {"checked": [*applied, *applied["ours"].ways()]}
     )
     return {"setup": setup, "metrics": metrics}
 

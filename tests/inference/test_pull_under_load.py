@@ -253,14 +253,14 @@ def test_the_store_away_and_back(tiny_model: Path, tmp_path: Path) -> None:
         port = store.address.rsplit(":", 1)[1]
         stack.enter_context(run_store(tmp_path / "store", "--port", port))
 
-        def is_back() -> bool:
+        def is_back(name: str) -> bool:
             try:
-                return len(generate(server.address, asked("four")).token_ids) == 8
-            except Unavailable:
+                return len(generate(server.address, asked(name)).token_ids) == 8
+            except Unavailable:  # for as long as it was told to stay away
                 return False
 
-        eventually(is_back)
-        eventually(lambda: len(generate(server.address, asked("three")).token_ids) == 8)
+        eventually(lambda: is_back("four"))
+        eventually(lambda: is_back("three"))
 
 
 def test_a_request_id_can_be_used_again_at_once(server: InferenceServer) -> None:

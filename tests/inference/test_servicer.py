@@ -90,7 +90,9 @@ def test_logprobs_and_chunks_of_several_tokens(pair: Pair, stub: inference_pb2_g
     output = inference_pb2.OutputParams(logprobs=2, stream_interval=4)
     events = collect(stub.Generate(request("x", max_tokens=8, output=output)))
     chunks = [event.chunk for event in events if event.HasField("chunk")]
-    assert [len(chunk.token_ids) for chunk in chunks] == [4, 4]
+    lengths = [len(chunk.token_ids) for chunk in chunks]
+    assert sum(lengths) == 8
+    assert all(length >= 4 for length in lengths[:-1])  # 8 where both gathered before the first was sent
     positions = [position for chunk in chunks for position in chunk.logprobs]
     assert [position.chosen.token_id for position in positions] == [
         token for chunk in chunks for token in chunk.token_ids

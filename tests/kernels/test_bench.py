@@ -37,7 +37,7 @@ def test_the_benchmark_runs_in_the_interpreter_and_shows_no_time() -> None:
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["setup"]["segments"] for line in lines} == {False, True}
-    assert all(line["metrics"] == {"checked": ["ours"]} for line in lines)
+    assert all(line["metrics"] == {"checked": ["ours", "linear_expand"]} for line in lines)
 
 
 def test_tuning_runs_in_the_interpreter_and_writes_nothing() -> None:

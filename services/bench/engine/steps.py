@@ -18,6 +18,8 @@ from services.adapter_store.validation import validate
 from services.bench.adapters import linear_shapes as bench_shapes
 from services.bench.adapters import random_adapter
 from services.bench.fleet import DEVIATION
+from services.common.gguf_config import open_gguf
+from services.common.process import settle
 from services.common.profile import linear_shapes, profile_from_config
 from services.inference.adapters.packed_adapter import BaseModelShapes, PackedAdapter
 from services.inference.adapters.slot_pool import SlotPool
@@ -58,6 +60,8 @@ class Bare:
         began = time.perf_counter()
         self.runner: Runner = build_runner(self.config, self.model, self._num_blocks, self.pool, Sampler())
         self.seconds_to_build = time.perf_counter() - began
+        open_gguf.cache_clear()  # this and the next as the service does
+        settle()
 
     @property
     def weight_bytes(self) -> int:
