@@ -14,7 +14,7 @@ import yaml
 from tests.conftest import ROOT
 
 CHART = ROOT / "deploy/chart"
-HELM = ROOT / ".data/k8s/bin/helm"
+HELM, KUBECTL = ROOT / ".data/k8s/bin/helm", ROOT / ".data/k8s/bin/kubectl"
 
 Documents = dict[tuple[str, str], dict[str, Any]]
 """What a chart renders, by kind and name without the release's."""
