@@ -64,6 +64,9 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
     build: makes the engine, in the place that the settings say
     """
     started = time.monotonic()
+    # what is wrong with secrets is said before a model is loaded for nothing
+    guard, tls = config.security.guard("inference"), config.security.tls()
+    config.store_credentials.metadata()
     model = load_config(
         config.model, name=config.served_model_name, dtype=config.model_dtype, max_model_len=config.max_model_len
     )
@@ -72,7 +75,6 @@ async def serve(config: ServerConfig, build: ServedEngineBuilder = model_engine)
         tokenizer = Tokenizer.load(config.model, model.eos_token_ids)
         open_gguf.cache_clear()
         await host.ready()
-        guard, tls = config.security.guard("inference"), config.security.tls()
         servers = _servers(config, guard, tls)
         ports = [server.bind(f"{config.host}:{port}") for server, port in servers]
         grpc_server, admin_server = servers[0][0], servers[-1][0]
