@@ -42,14 +42,14 @@ def built(image: str) -> bool:
 
 
 def on_this_host(documents: Documents) -> list[dict[str, object]]:
-    """What podman plays of the chart, on the host's network: there are no Services, so the store's name is an alias."""
+    """What podman plays of the chart, on the host's network; it knows no Services, so the store is told by address."""
     played = [each for (kind, _), each in documents.items() if kind in ("Deployment", "PersistentVolumeClaim")]
     for part in ("store", "inference"):
         pod = documents["Deployment", part]["spec"]["template"]["spec"]
         pod["hostNetwork"] = True
-        pod["hostAliases"] = [{"ip": "127.0.0.1", "hostnames": ["multilora-store"]}]
         for container in pod["containers"]:
             del container["ports"]  # they are the host's already
+            container["args"] = [flag.replace("multilora-store:", "127.0.0.1:") for flag in container["args"]]
     return played
 
 
