@@ -18,7 +18,7 @@ SERVE_FLAGS = --dtype $(DTYPE) --max-loras $(MAX_LORAS) --max-lora-rank $(MAX_LO
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN_TESTS = $(BIN)/python -m pytest
 
-.PHONY: help setup demo demo-store demo-secure serve bench-store bench-churn bench-fairness bench-streaming bench-peers bench-engine soak k8s-check images kube-play gpu test-gpu bench-gpu test test-asan test-engine-long test-fast fuzz lint protos clean
+.PHONY: help setup demo demo-store demo-secure serve bench-store bench-guard bench-churn bench-fairness bench-streaming bench-peers bench-engine soak k8s-check images kube-play gpu test-gpu bench-gpu test test-asan test-engine-long test-fast fuzz lint protos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -124,6 +124,9 @@ bench-gpu: gpu ## the kernels beside the base, the bytes, vLLM's and SGLang's (B
 
 bench-store: $(VENV)/.servers ## the store beside bare programs, within six minutes (BENCH_FLAGS=--quick: one)
 	@$(BIN)/python -m services.bench.store $(BENCH_FLAGS)
+
+bench-guard: $(VENV)/.run ## what it costs to ask who calls: the same resolves to an open store and to one with tokens
+	@$(BIN)/python -m services.bench.guard $(BENCH_FLAGS)
 
 bench-churn: $(VENV)/.bench ## many adapters, few slots: ratios beside the same load without the trouble
 	@$(BIN)/python -m services.bench.churn $(BENCH_FLAGS)

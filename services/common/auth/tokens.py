@@ -82,8 +82,8 @@ class Tokens:
         self._look()
         digest = digest_of(token)
         entry = self._by_digest.get(digest, _MISS)
-        same = hmac.compare_digest(entry.digest, digest)
-        return entry.caller if same and entry.expires > time.time() else None
+        same, lives = hmac.compare_digest(entry.digest, digest), entry.expires > time.time()
+        return entry.caller if same and lives else None
 
     def by_certificate(self, names: list[str]) -> Caller | None:
         """Whose certificate has one of these names."""
