@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds both images, with Docker or else buildah, then runs them together and has a call answered: `make images`.
-# Steps may be named to run some alone: base_image build_images smoke_run.
+# Steps may be named to run some alone: base_image build_images smoke_run; and cuda_image, which no run includes.
 # Where no registry can be reached, the base image is made of Debian's packages, and wheels are gathered by pip here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -11,6 +11,8 @@ PYTHON=${VENV:-.venv}/bin/python
 BASE=docker.io/library/python:3.11-slim-bookworm
 STORE=localhost/multilora-adapter-store:$TAG
 INFERENCE=localhost/multilora-inference:$TAG
+TORCH=torch==2.13.0
+CUDA_INDEX=${CUDA_INDEX:-https://download.pytorch.org/whl/cu130} # of torch's build for the driver of the nodes
 PORTS=(50152 50151 18000) # store, inference, HTTP: of the host, which the containers share
 
 # Builders and containers inside a container need the simplest of everything.
@@ -33,21 +35,31 @@ base_image() {
   touch "$WORK/no-registry"
 }
 
-gather_wheels() {
-  [ -e "$WORK/wheels/.gathered" ] && [ ! constraints.txt -nt "$WORK/wheels/.gathered" ] && return
+gather_wheels() { # extras
+  local gathered=$WORK/wheels/.gathered-$1
+  [ -e "$gathered" ] && [ ! constraints.txt -nt "$gathered" ] && return
   "$PYTHON" -m pip download --quiet --dest "$WORK/wheels" --constraint constraints.txt \
-    hatchling "torch==2.13.0" async-timeout '.[store,s3,redis,inference,cli]' # redis wants it on Debian's 3.11.2
-  touch "$WORK/wheels/.gathered"
+    hatchling "$TORCH" async-timeout ".[$1]" # redis wants async-timeout on Debian's 3.11.2
+  touch "$gathered"
+}
+
+build_image() { # tag, extras its wheels come from, flags of `build`
+  local tag=$1 extras=$2 from_here=()
+  if [ -e "$WORK/no-registry" ]; then
+    gather_wheels "$extras"
+    from_here=(--volume "$PWD/$WORK/wheels:/wheels:ro" --build-arg PIP_FIND_LINKS=/wheels --build-arg PIP_NO_INDEX=1)
+  fi
+  build build "${from_here[@]}" --tag "$tag" "${@:3}" .
 }
 
 build_images() {
-  local from_here=()
-  if [ -e "$WORK/no-registry" ]; then
-    gather_wheels
-    from_here=(--volume "$PWD/$WORK/wheels:/wheels:ro" --build-arg PIP_FIND_LINKS=/wheels --build-arg PIP_NO_INDEX=1)
-  fi
-  build build "${from_here[@]}" --tag "$STORE" --file deploy/docker/store.Dockerfile .
-  build build "${from_here[@]}" --tag "$INFERENCE" --target cpu --file deploy/docker/inference.Dockerfile .
+  build_image "$STORE" store,s3,redis,cli --file deploy/docker/store.Dockerfile
+  build_image "$INFERENCE" inference --file deploy/docker/inference.Dockerfile --target cpu
+}
+
+cuda_image() {
+  build_image "$INFERENCE-cuda" inference,gpu --file deploy/docker/inference.Dockerfile --target cuda \
+    --build-arg "TORCH=$TORCH" --build-arg "TORCH_INDEX=$CUDA_INDEX" --build-arg EXTRAS=inference,gpu
 }
 
 start() { # name, image, flags of `run` up to --, arguments of the service

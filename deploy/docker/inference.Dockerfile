@@ -1,5 +1,4 @@
-# The inference service. `--target cpu` (the default), or
-# `--target cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --build-arg EXTRAS=inference,gpu`.
+# The inference service. `--target cpu` (the default), or cuda, with the arguments that images.sh gives it.
 # checkov:skip=CKV_DOCKER_2: OCI images have no HEALTHCHECK; the chart's probes ask the service's own gRPC health
 # checkov:skip=CKV_DOCKER_7: the default of BASE names a version
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
@@ -36,7 +35,7 @@ ENTRYPOINT ["multilora-inference"]
 FROM runtime AS cuda
 USER 0
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN command -v gcc || { apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; }
 USER 10001:10001
 
 FROM runtime AS cpu
