@@ -118,8 +118,8 @@ def test_base_model_alone_needs_no_store(tiny_model: Path, tmp_path: Path) -> No
         (("--max-lora-rank", "513"), "--max-lora-rank is 513; at most 512"),
         (("--kv-cache-memory-bytes", "4096"), "raise --kv-cache-memory-bytes"),
         (("--max-model-len", "999999"), "--max-model-len is 999999; this model goes to"),
-        (("--device", "cuda"), "only cpu is served yet"),
-        (("--dtype", "int4"), "served are auto, float32 and bfloat16"),
+        (("--device", "cuda"), "sees no GPU"),
+        (("--dtype", "int4"), "served on --device cpu are auto, float32, bfloat16"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(flags: tuple[str, ...], says: str, tiny_model: Path) -> None:

@@ -54,22 +54,36 @@ inline void prefetch(const W* w, int ahead) {
     __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + line);
 }
 
-// Memory to ask for while a product runs, so many bytes further at each input: memory is then kept busy for as long as
-// the arithmetic lasts. A line may be asked for again and again, which costs an instruction and no wait.
+// Memory to ask for while a product runs, evenly over its inputs: memory is then kept busy for as long as the arithmetic
+// lasts. A line may be asked for again and again, which costs an instruction and no wait.
 struct Ask {
-  const char* next;
-  size_t step;
+  const void* from;
+  size_t bytes;
 };
 
-template <int R, int ahead, class W>
+// An Ask on its way: so many bytes further at each input.
+struct Asking {
+  const char* next;
+  size_t step;
+
+  void go() {
+    __builtin_prefetch(next);
+    next += step;
+  }
+};
+struct Silence {
+  void go() {}
+};
+
+template <int R, int ahead, class W, class A>
 inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
-                          size_t y_stride, bool add, Ask ask) {
+                          size_t y_stride, bool add, A& asking) {
   Floats sums[R][REGISTERS];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
-  for (int k = 0; k < depth; ++k, w += w_stride, ask.next += ask.step) {
+  for (int k = 0; k < depth; ++k, w += w_stride) {
     if constexpr (ahead > 0) prefetch(w, ahead);
-    else __builtin_prefetch(ask.next);
+    asking.go();
     if constexpr (R < REGISTERS) {  // of x's values and w's columns the fewer wait in registers for the others
       Floats values[R];
       for (int r = 0; r < R; ++r) values[r] = splat(x[r * x_stride + k]);
@@ -90,11 +104,11 @@ inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_
     for (int i = 0; i < REGISTERS; ++i) store(y + r * y_stride + i * LANES, sums[r][i]);
 }
 
-template <int R, int ahead, class W>
+template <int R, int ahead, class W, class A>
 inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
-                          size_t y_stride, bool add, Ask ask) {
-  if (rows == R) return multiply_rows<R, ahead>(x, x_stride, w, w_stride, depth, y, y_stride, add, ask);
-  if constexpr (R > 1) multiply_rest<R - 1, ahead>(rows, x, x_stride, w, w_stride, depth, y, y_stride, add, ask);
+                          size_t y_stride, bool add, A& asking) {
+  if (rows == R) return multiply_rows<R, ahead>(x, x_stride, w, w_stride, depth, y, y_stride, add, asking);
+  if constexpr (R > 1) multiply_rest<R - 1, ahead>(rows, x, x_stride, w, w_stride, depth, y, y_stride, add, asking);
 }
 
 // Semantics:
@@ -104,15 +118,21 @@ inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w,
 //     w: [depth, 32], rows w_stride apart        float32, bf16 or packed bf16
 //     y: [rows, 32], rows y_stride apart         float32
 //     ahead: bytes past a row of w at which memory is asked for what comes next; 0 where w is in cache
-//     asked: bytes from `ask` on that memory is asked for evenly while the product runs, where `ahead` is 0
 // Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
+template <int ahead = 0, class W, class A = Silence>
+void multiply(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
+              size_t y_stride, bool add, A asking = {}) {
+  for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride)
+    multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, w_stride, depth, y, y_stride, add, asking);
+}
+
+// The same, asking memory for something else meanwhile.
 template <int ahead = 0, class W>
 void multiply(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
-              size_t y_stride, bool add, const void* ask = nullptr, size_t asked = 0) {
+              size_t y_stride, bool add, Ask ask) {
   const int times = (rows + ROWS - 1) / ROWS;
-  Ask next{static_cast<const char*>(asked > 0 ? ask : w), asked > 0 ? asked / (size_t(depth) * times) : 0};
-  for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride, next.next += next.step * depth)
-    multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, w_stride, depth, y, y_stride, add, next);
+  const Asking asking{static_cast<const char*>(ask.from), ask.bytes / (size_t(depth) * times)};
+  multiply<ahead>(rows, x, x_stride, w, w_stride, depth, y, y_stride, add, asking);
 }
 
 }  // namespace multilora

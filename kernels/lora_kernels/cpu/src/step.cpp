@@ -104,6 +104,12 @@ inline void dot(const float* x, size_t x_stride, const T* a, int depth, float sc
     for (int j = 0; j < DOT_RANKS; ++j) y[r * y_stride + j] = sum(sums[r][j]) * scale;
 }
 
+// Linears that share their input, of `depth` values.
+struct Group {
+  const Linear* linears;
+  int count, depth;
+};
+
 class Engine {
  public:
   virtual ~Engine() = default;
@@ -152,6 +158,7 @@ class Decoder final : public Engine {
     shrunk_.at_least(3 * rows * rank_columns());
     segments_.clear();
     tiles_.clear();
+    pages_ = 1;
     int context = 0;
     const int most = scratch_[0]->attention.tile_rows();
     for (int row = 0; row < batch.rows; ++row) {
@@ -161,6 +168,7 @@ class Decoder final : public Engine {
             segments_.back().first + segments_.back().rows != row)
           segments_.push_back({row, 0, slot});
         ++segments_.back().rows;
+        pages_ = std::max(pages_, (layers_[0].linears[Q].ranks[slot] + PAGE_ROWS - 1) / PAGE_ROWS);
       }
       if (tiles_.empty() || tiles_.back().sequence != sequence || tiles_.back().rows == most)
         tiles_.push_back({row, 0, sequence});
@@ -175,6 +183,7 @@ class Decoder final : public Engine {
 
   void program(const Batch& batch, Scratch& mine) {
     const int rows = int(batch.rows);
+    const int hidden = int(model_.hidden), attended = int(model_.heads * model_.head_dim), inner = int(model_.inner);
     for (const Layer& layer : layers_) {
       const bool first = &layer == &layers_.front();
       team_.each(rows, 1, [&](int row) {
@@ -182,24 +191,26 @@ class Decoder final : public Engine {
         else residual(row);
         norm(row, layer.input_norm, row);
       });
-      linears(batch, mine, layer.linears + Q, 3, model_.hidden, h_, qkv_);
+      const Layer* after = &layer == &layers_.back() ? nullptr : &layer + 1;
+      const Linear* of = layer.linears;
+      linears(batch, mine, {of + Q, 3, hidden}, {of + O, 1, attended}, h_, qkv_);
       team_.each(rows, 1, [&](int row) { cache(batch, layer, row); });
       attend(batch, layer, mine);
-      linears(batch, mine, layer.linears + O, 1, model_.heads * model_.head_dim, attended_, y_);
+      linears(batch, mine, {of + O, 1, attended}, {of + GATE, 2, hidden}, attended_, y_);
       team_.each(rows, 1, [&](int row) {
         residual(row);
         norm(row, layer.post_attention_norm, row);
       });
-      linears(batch, mine, layer.linears + GATE, 2, model_.hidden, h_, gate_up_);
+      linears(batch, mine, {of + GATE, 2, hidden}, {of + DOWN, 1, inner}, h_, gate_up_);
       team_.each(rows, 1, [&](int row) { activate(gate_up_[row]); });
-      linears(batch, mine, layer.linears + DOWN, 1, model_.inner, gate_up_, y_);
+      linears(batch, mine, {of + DOWN, 1, inner}, {after ? after->linears + Q : of, after ? 3 : 0, hidden}, gate_up_, y_);
     }
     const int sampled = int(batch.sampled), vocab = padded(model_.vocab);
     team_.each(sampled, 1, [&](int index) {
       residual(batch.sampled_rows[index]);
       norm(batch.sampled_rows[index], model_.norm, index);
     });
-    project(mine, &model_.head, 1, sampled, int(model_.hidden), h_, batch.logits, vocab);
+    project(mine, {&model_.head, 1, hidden}, {}, sampled, h_, batch.logits, vocab);
     team_.each(sampled, 1, [&](int index) {
       choose(batch.logits + size_t(index) * vocab, batch.best[index], batch.finite[index]);
     });
@@ -344,13 +355,13 @@ class Decoder final : public Engine {
 
   int rank_columns() const { return int(model_.max_pages) * PAGE_ROWS; }
 
-  // Linears that share their input x, each with its adapters; their outputs lie side by side in y.
-  void linears(const Batch& batch, Scratch& mine, const Linear* linears, int count, int64_t depth, const Rows& x,
-               const Rows& y) {
+  // A group, each linear with its adapters; the outputs lie side by side in y. While weights are multiplied, memory is
+  // asked for what its expand and the shrink of the group after it will read.
+  void linears(const Batch& batch, Scratch& mine, const Group& group, const Group& after, const Rows& x, const Rows& y) {
     const int rows = int(batch.rows);
-    if (!segments_.empty()) shrink(linears, count, int(depth), x, rows);
-    project(mine, linears, count, rows, int(depth), x, y[0], y.stride());
-    if (!segments_.empty()) expand(mine, linears, count, rows, y);
+    if (!segments_.empty()) shrink(group.linears, group.count, group.depth, x, rows);
+    project(mine, group, after, rows, x, y[0], y.stride());
+    if (!segments_.empty()) expand(mine, group.linears, group.count, rows, y);
   }
 
   // s[slice, i, j] = scale * (x[i] . A[j]), for every row's own adapter and its ranks. An item is a segment and a linear;
@@ -384,22 +395,54 @@ class Decoder final : public Engine {
   }
 
   // y = x W, a panel of 32 columns by PROJECT_ROWS rows an item.
-  void project(Scratch& mine, const Linear* linears, int count, int rows, int depth, const Rows& x, float* y,
-               int y_stride) {
+  void project(Scratch& mine, const Group& group, const Group& after, int rows, const Rows& x, float* y, int y_stride) {
+    const auto [linears, count, depth] = group;
     int starts[4] = {};
     for (int index = 0; index < count; ++index) starts[index + 1] = starts[index] + padded(linears[index].out) / COLUMNS;
     const int panels = starts[count], grain = std::max(1, panels / (16 * team_.size()));
-    team_.each(panels * ((rows + PROJECT_ROWS - 1) / PROJECT_ROWS), grain, [&](int item) {
+    const bool asks = !segments_.empty() && after.linears != nullptr;
+    team_.each(panels * ((rows + PROJECT_ROWS - 1) / PROJECT_ROWS), grain, [&, depth](int item) {
       const int first = item / panels * PROJECT_ROWS, here = std::min(PROJECT_ROWS, rows - first);
       const int place = item % panels;
       int index = 0;
       while (place >= starts[index + 1]) ++index;
-      const Linear& linear = linears[index];
+      const Linear& linear = group.linears[index];
       const Weight* weight = static_cast<const Weight*>(linear.weight) + size_t(place - starts[index]) * depth * COLUMNS;
       float* out = y + size_t(first) * y_stride + size_t(place) * COLUMNS;
-      if (here <= ROWS) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
-      else multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
+      if (here > ROWS) multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
+      else if (!asks) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
+      else multiply_asking(group, after, place, panels, here, x[first], x.stride(), weight, out, y_stride);
     });
+  }
+
+  // As multiply, in the same order, and memory is asked for one range after another of what adapters will need.
+  void multiply_asking(const Group& group, const Group& after, int panel, int panels, int rows, const float* x,
+                       int x_stride, const Weight* weight, float* y, int y_stride) const {
+    const int blocks = (group.depth + INPUTS - 1) / INPUTS;
+    for (int block = 0; block < blocks; ++block, x += INPUTS, weight += INPUTS * COLUMNS) {
+      const int here = std::min(INPUTS, group.depth - block * INPUTS);
+      const Ask ask = adapters_of(group, after, panel * blocks + block, panels * blocks);
+      if (ask.bytes == 0) multiply<WEIGHTS_AHEAD>(rows, x, x_stride, weight, COLUMNS, here, y, y_stride, block > 0);
+      else multiply<WEIGHTS_AHEAD>(rows, x, x_stride, weight, COLUMNS, here, y, y_stride, block > 0, ask);
+    }
+  }
+
+  // Part `part` of `parts` of the bytes of B of a group's adapters and A of the group's after it, page by page.
+  Ask adapters_of(const Group& group, const Group& after, int part, int parts) const {
+    const int segments = int(segments_.size()), linears = group.count + after.count;
+    const int pieces = std::max(1, parts / (segments * linears * pages_));  // of a page
+    const int range = part / pieces, page = range / segments / linears, index = range / segments % linears;
+    if (page >= pages_) return {};
+    const int slot = segments_[range % segments].slot;
+    const bool own = index < group.count;
+    const Linear& linear = own ? group.linears[index] : after.linears[index - group.count];
+    const int ranks = std::min(PAGE_ROWS, linear.ranks[slot] - page * PAGE_ROWS);
+    if (ranks <= 0) return {};
+    const int64_t width = own ? linear.out : after.depth;
+    const size_t bytes = size_t(ranks * width) * sizeof(T) / pieces;
+    const int64_t start = linear.pages[int64_t(slot) * model_.max_pages + page] * PAGE_ROWS * width;
+    const T* pool = static_cast<const T*>(own ? linear.b : linear.a) + start;
+    return {reinterpret_cast<const char*>(pool) + part % pieces * bytes, bytes};
   }
 
   // As multiply, in the same order: sums wait in y from one block of inputs to the next.
@@ -412,13 +455,13 @@ class Decoder final : public Engine {
       weight += size_t(here) * COLUMNS;
       const size_t next = size_t(here) * COLUMNS * sizeof(Weight);
       if (!widen) {
-        multiply(rows, x, x_stride, block, COLUMNS, here, y, y_stride, start > 0, weight, next);
+        multiply(rows, x, x_stride, block, COLUMNS, here, y, y_stride, start > 0, Ask{weight, next});
         continue;
       }
       for (int k = 0; k < here; ++k)
         for (int i = 0; i < REGISTERS; ++i)
           store(widened + k * COLUMNS + i * LANES, load_columns(block + k * COLUMNS, i));
-      multiply(rows, x, x_stride, widened, COLUMNS, here, y, y_stride, start > 0, weight, next);
+      multiply(rows, x, x_stride, widened, COLUMNS, here, y, y_stride, start > 0, Ask{weight, next});
     }
   }
 
@@ -459,6 +502,7 @@ class Decoder final : public Engine {
   const int q_width_, kv_width_, inner_;
   Rows x_, h_, y_, qkv_, attended_, gate_up_;
   int parts_ = 1;
+  int pages_ = 1;  // that an adapter of this step has, at most, in q of the first layer: as elsewhere, mostly
   std::vector<Segment> segments_;
   std::vector<RowTile> tiles_;
   Buffer shrunk_, partial_;
