@@ -54,6 +54,7 @@ def test_the_schema_knows_no_flag_that_the_services_do_not() -> None:
         (["--set", "inference.warmAdapters={a\\,b}"], "warmAdapters"),
         (["--set", "store.replicas=2"], "give store.s3.bucket and store.redis.secret"),
         (["--set", "inference.device=cuda"], "cuda needs gpus"),
+        (["--set", "security.clientCaSecret=ca"], "give security.storeCertSecret"),
     ],
 )
 def test_wrong_values_are_refused(flags: list[str], says: str, helm: Helm) -> None:
@@ -101,7 +102,7 @@ def test_secrets_are_named_and_never_values(rendered: Render) -> None:
     assert not [kind for kind, _ in documents if kind == "Secret"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--set", "security.clientCaSecret=ca")])
+@pytest.mark.parametrize("flags", [(), ("--set", "security.clientCaSecret=ca,security.storeCertSecret=own")])
 @pytest.mark.parametrize("values", ALL_VALUES)
 def test_readiness_is_the_health_the_services_serve(values: str, flags: tuple[str, ...], rendered: Render) -> None:
     documents = rendered(*flags, values=values)
@@ -109,6 +110,20 @@ def test_readiness_is_the_health_the_services_serve(values: str, flags: tuple[st
         only = container(documents, part)
         assert only["startupProbe"]["grpc"] == only["readinessProbe"]["grpc"] == {"port": port}
         assert f"--health-port={port}" in only["args"]
+
+
+def test_who_must_show_certificates_has_them(rendered: Render) -> None:
+    flags = "security.clientCaSecret=ca,security.storeCertSecret=own,monitoring.certSecret=scraper"
+    documents = rendered("--set", flags, values="one-gpu")
+    replica = _parser().parse_args(container(documents, "inference")["args"])
+    assert replica.tls_client_ca == "/secrets/client-ca/ca.crt"
+    assert [str(path) for path in (replica.adapter_store_cert, replica.adapter_store_key)] == [
+        "/secrets/store-cert/tls.crt",
+        "/secrets/store-cert/tls.key",
+    ]
+    tls = documents["ServiceMonitor", "inference"]["spec"]["endpoints"][0]["tlsConfig"]
+    assert tls["cert"]["secret"] | {"key": "tls.key"} == tls["keySecret"]
+    assert tls["keySecret"]["name"] == "scraper"
 
 
 def test_nothing_is_open_beyond_the_namespace_unless_named(rendered: Render) -> None:
