@@ -3,6 +3,7 @@ its readiness."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -14,8 +15,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from multilora.adapter_store.v1 import store_pb2, store_pb2_grpc
+from services.bench import servers
 from services.bench.certificates import Authority
-from tests.conftest import ROOT, run_store
+from services.common.rpc import from_rpc_error
+from tests.assets.random_adapter import make_random_adapter
+from tests.conftest import ROOT, TINY_BASE, run_store
 from tests.contracts.redis_server import run_redis
 
 S3 = ("--blobs", "s3://bucket/prefix", "--s3-endpoint-url", "http://127.0.0.1:1")
@@ -97,3 +102,26 @@ def test_a_store_is_ready_while_its_index_answers(tmp_path: Path) -> None:
             redis.start()
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
             watch.cancel()
+
+
+def test_names_are_resolved_while_s3_is_away(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = make_random_adapter(tmp_path / "adapter", tiny_model, base_model_name_or_path=TINY_BASE)
+    with contextlib.ExitStack() as away:
+        s3 = away.enter_context(servers.s3(tmp_path / "s3"))
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        with (
+            run_store(tmp_path / "store", *s3.flags("prefix")) as store,
+            grpc.insecure_channel(store.address) as channel,
+        ):
+            store.register_base(TINY_BASE, (tiny_model / "config.json").read_text())
+            digest = store.register("pirate", adapter, TINY_BASE).identity.pack_digest
+            away.close()
+            stub = store_pb2_grpc.AdapterStoreServiceStub(channel)
+            resolved = stub.ResolveAdapter(store_pb2.ResolveAdapterRequest(reference="pirate"), timeout=60)
+            assert resolved.identity.pack_digest == digest
+            with pytest.raises(grpc.RpcError) as raised:
+                list(stub.PullAdapter(store_pb2.PullAdapterRequest(digest=digest), timeout=120))
+            assert from_rpc_error(raised.value).reason == "STORAGE_UNAVAILABLE"
+            health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
+            assert health.status == health_pb2.HealthCheckResponse.SERVING
