@@ -67,23 +67,31 @@ def workplace(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             }
 
 
-def test_commands_marked_run_do(workplace: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def followed(workplace: dict[str, str]) -> list[tuple[str, subprocess.CompletedProcess[str]]]:
+    """The commands of blocks marked `run`, which leave their files in the workplace, and how each ended."""
+    ended = []
     for line in commands(marked=True):
         if line.startswith("helm ") and not HELM.exists():
             continue
-        command = line.replace("helm upgrade --install", "helm template")
-        ended = subprocess.run(
-            ["sh", "-c", command], cwd=workplace["HOME"], env=workplace, capture_output=True, text=True, check=False
-        )
+        command = ["sh", "-c", line.replace("helm upgrade --install", "helm template")]
+        run = subprocess.run(command, cwd=workplace["HOME"], env=workplace, capture_output=True, text=True, check=False)
+        ended.append((line, run))
+    return ended
+
+
+def test_commands_marked_run_do(followed: list[tuple[str, subprocess.CompletedProcess[str]]]) -> None:
+    assert followed
+    for line, ended in followed:
         assert ended.returncode == 0, f"{line}\n{ended.stdout}{ended.stderr}"
 
 
+@pytest.mark.usefixtures("followed")
 @pytest.mark.skipif(not KUBECTL.exists(), reason="kubectl is not here: `make k8s-check` fetches it")
 @pytest.mark.parametrize("values", ["one-gpu", "many-gpus"])
 def test_the_secrets_that_are_made_are_those_the_chart_wants(
     values: str, workplace: dict[str, str], rendered: Callable[..., Documents]
 ) -> None:
-    """After the commands that make their files."""
     made: dict[str, set[str]] = {}
     for line in commands(marked=False):
         words = shlex.split(line.split("|")[0], comments=True)
