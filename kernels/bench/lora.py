@@ -148,37 +148,31 @@ def host_us(stage: Callable[[], object], rounds: int = 200) -> float:
     return 1e6 * statistics.median(taken)
 
 
-def layer_graph(layers: list[Layer], apply: peers.Apply | None, base: bool) -> torch.cuda.CUDAGraph:
-    """All groups of all layers: the base matmuls if wanted, and after each what adds LoRA."""
+def layer_graph(layers: list[Layer], *work: Callable[[int, str], object]) -> torch.cuda.CUDAGraph:
+    """All groups of all layers, one after another; `work` of each, in order."""
 
     def run() -> None:
         for index, layer in enumerate(layers):
             for group in layer.x:
-                if base:
-                    torch.mm(layer.x[group], layer.base[group].T, out=layer.y[group])
-                if apply is not None:
-                    apply(index, group)
-
-    return cuda.capture(run)
-
-
-def way_graph(layers: list[Layer], way: Way) -> torch.cuda.CUDAGraph:
-    def run() -> None:
-        for index, layer in enumerate(layers):
-            for group in layer.x:
-                way(index, group)
+                for each in work:
+                    each(index, group)
 
     return cuda.capture(run)
 
 
 def measure(layers: list[Layer], applied: Mapping[str, Any], floor_us: float, rounds: int) -> dict[str, Any]:
     """Per layer, in microseconds: quartiles of each way with the base, and of LoRA alone."""
-    graphs = {"base": layer_graph(layers, None, base=True)}
+
+    def base(index: int, group: str) -> None:
+        layer = layers[index]
+        torch.mm(layer.x[group], layer.base[group].T, out=layer.y[group])
+
+    ways = applied["ours"].ways()
+    graphs = {"base": layer_graph(layers, base)}
     for name, apply in applied.items():
-        graphs[name] = layer_graph(layers, apply, base=True)
-        graphs[f"{name}_alone"] = layer_graph(layers, apply, base=False)
-    for name, way in applied["ours"].ways().items():
-        graphs[name] = way_graph(layers, way)
+        graphs[name] = layer_graph(layers, base, apply)
+        graphs[f"{name}_alone"] = layer_graph(layers, apply)
+    graphs |= {name: layer_graph(layers, way) for name, way in ways.items()}
     graphs["work_list"] = cuda.capture(lambda: build_work_list(applied["ours"].work))
     taken = cuda.interleaved_us(graphs, rounds)
     work_list = statistics.median(taken.pop("work_list"))
@@ -194,7 +188,7 @@ def measure(layers: list[Layer], applied: Mapping[str, Any], floor_us: float, ro
             "extra_us": round(extra, 3),
             "eta": round(floor_us / extra, 4) if extra > 0 else None,
         }
-    for name in applied["ours"].ways():
+    for name in ways:
         extra = quartiles[name][1] - metrics["base_us"][1]
         metrics[name] = {"layer_us": quartiles[name], "extra_us": round(extra, 3)}
     metrics["ours"]["work_list_us"] = round(work_list, 3)

@@ -10,6 +10,7 @@ multiplied by its own adapter alone instead.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -51,15 +52,11 @@ def apply_lora_torch(y: Tensor, x: Tensor, weights: LoraWeights, batch: LoraBatc
 
 def apply_lora_embedding_torch(y: Tensor, token_ids: Tensor, weights: LoraWeights, batch: LoraBatch) -> None:
     """Add each row's adapter of the embedding to `y` in place: see `lora_kernels.dispatch.apply_lora_embedding`."""
-    gathered = _gather(weights, batch.active)
-    (spans,) = batch.active.rank_rows(weights.group).spans
+    gathered, ranks = _gather(weights, batch.active), batch.active.rank_rows(weights.group)
     vocabulary = gathered.a.shape[1]
     known = (token_ids >= 0) & (token_ids < vocabulary)
     shrunk = gathered.a[:, token_ids.clamp(0, vocabulary - 1)].T.masked_fill(~known[:, None], 0.0)
-    for slot, first, end in batch.segments:
-        if slot in spans:
-            low, high = spans[slot]
-            _add_product(y[first:end], shrunk[first:end, low:high], gathered.b[0][low:high])
+    _expand_apart(y, gathered, batch, ranks, lambda rows, columns: shrunk[rows, columns])
 
 
 def _runs_are_long(batch: LoraBatch) -> bool:
@@ -78,14 +75,7 @@ def _apply_together(y: Tensor, x: Tensor, gathered: GatheredWeights, foreign: Te
 
 def _apply_apart(y: Tensor, x: Tensor, gathered: GatheredWeights, batch: LoraBatch, ranks: RankRows) -> None:
     wide = x.float()
-    for slot, first, end in batch.segments:
-        column = 0
-        for b, start, spans in zip(gathered.b, ranks.bounds[:-1], ranks.spans, strict=True):
-            out = y[first:end, column : column + b.shape[1]]
-            column += b.shape[1]
-            if slot in spans:
-                low, high = spans[slot]
-                _add_product(out, wide[first:end] @ gathered.a[start + low : start + high].T, b[low:high])
+    _expand_apart(y, gathered, batch, ranks, lambda rows, columns: wide[rows] @ gathered.a[columns].T)
 
 
 def _apply_summed(y: Tensor, x: Tensor, gathered: GatheredWeights, batch: LoraBatch, ranks: RankRows) -> None:
@@ -93,6 +83,17 @@ def _apply_summed(y: Tensor, x: Tensor, gathered: GatheredWeights, batch: LoraBa
     assert batch.sum_shrunk is not None
     shrunk = x.float() @ gathered.a.T
     batch.sum_shrunk(shrunk)
+    _expand_apart(y, gathered, batch, ranks, lambda rows, columns: shrunk[rows, columns])
+
+
+def _expand_apart(
+    y: Tensor,
+    gathered: GatheredWeights,
+    batch: LoraBatch,
+    ranks: RankRows,
+    shrunk: Callable[[slice, slice], Tensor],
+) -> None:
+    """Each run of rows by itself, with its own adapter alone.   shrunk: of a run's rows and a slice's rank rows"""
     for slot, first, end in batch.segments:
         column = 0
         for b, start, spans in zip(gathered.b, ranks.bounds[:-1], ranks.spans, strict=True):
@@ -100,7 +101,7 @@ def _apply_summed(y: Tensor, x: Tensor, gathered: GatheredWeights, batch: LoraBa
             column += b.shape[1]
             if slot in spans:
                 low, high = spans[slot]
-                _add_product(out, shrunk[first:end, start + low : start + high], b[low:high])
+                _add_product(out, shrunk(slice(first, end), slice(start + low, start + high)), b[low:high])
 
 
 def _add_product(out: Tensor, shrunk: Tensor, b: Tensor) -> None:

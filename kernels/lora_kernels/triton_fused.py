@@ -15,9 +15,19 @@ import torch
 import triton
 from torch import Tensor
 
-from lora_kernels import triton_expand, triton_linear
+from lora_kernels import triton_linear
 from lora_kernels.layout import PAGE_ROWS, LoraBatch, LoraWeights
-from lora_kernels.triton_path import check_launch, check_shape, check_values, empty_shrunk, expand, shrink, work_of
+from lora_kernels.triton_path import (
+    check_launch,
+    check_shape,
+    check_values,
+    column_blocks,
+    empty_shrunk,
+    expand,
+    expand_arguments,
+    shrink,
+    work_of,
+)
 from lora_kernels.triton_shrink import Produce
 from lora_kernels.work_list import TILE_ROWS, check_rows
 
@@ -78,40 +88,19 @@ def linear_expand(x: Tensor, weight: Tensor, shrunk: Tensor, weights: LoraWeight
     check_shape("shrunk", shrunk, weights.slices, shrunk.shape[1], x.shape[0], work.max_pages * PAGE_ROWS)
     if not x.shape[0]:
         return y
-    table = batch.active.tables[weights.group].table
-    absent = triton_expand.MOST_SLICES - weights.slices
-    column_blocks = sum(triton.cdiv(out, triton_linear.BLOCK_N) for out in out_sizes)
-    triton_linear.linear_expand_kernel[triton.cdiv(x.shape[0], TILE_ROWS), column_blocks](
+    triton_linear.linear_expand_kernel[
+        triton.cdiv(x.shape[0], TILE_ROWS), column_blocks(weights, triton_linear.BLOCK_N)
+    ](
         y,
         x,
         weight,
-        shrunk,
-        *weights.b,
-        *[weights.b[0]] * absent,
-        work.order,
-        work.tiles,
-        work.counts,
-        table,
-        weights.ranks,
-        weights.scales,
-        x.shape[0],
-        x.shape[1],
-        x.stride(0),
-        y.stride(0),
-        weight.stride(0),
-        *out_sizes,
-        *[0] * absent,
-        table.shape[1],
-        table.shape[2],
-        shrunk.shape[3],
-        shrunk.stride(1),
-        work.tiles.shape[1],
-        SPLITS=shrunk.shape[1],
-        TILE_ROWS=TILE_ROWS,
-        PAGE_ROWS=PAGE_ROWS,
+        **expand_arguments(y, shrunk, weights, batch),
+        rows=x.shape[0],
+        width=x.shape[1],
+        x_stride=x.stride(0),
+        weight_stride=weight.stride(0),
         BLOCK_K=triton_linear.BLOCK_COLUMNS[x.dtype],
         BLOCK_N=triton_linear.BLOCK_N,
-        PRECISION=triton_expand.precision_of(x.dtype),
         **triton_linear.LAUNCH,
     )
     return y

@@ -6,6 +6,8 @@ the row's own rank, sums run in one order, and nothing is added atomically. Rows
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -147,35 +149,45 @@ def expand(
     blocks: triton_expand.ExpandBlocks | None = None,
 ) -> None:
     """Launch `expand_kernel`.   shrunk: what `shrink` wrote;  blocks: as `shrink` has them"""
-    work = work_of(batch)
-    table = batch.active.tables[weights.group].table
-    absent = triton_expand.MOST_SLICES - weights.slices
-    out_sizes = [b.shape[1] for b in weights.b]
-    blocks = blocks or triton_expand.blocks_of(y, out_sizes)
-    column_blocks = sum(triton.cdiv(out, blocks.block_n) for out in out_sizes)
-    triton_expand.expand_kernel[(min(blocks.programs, work.tiles.shape[1]), column_blocks)](
+    blocks = blocks or triton_expand.blocks_of(y, [b.shape[1] for b in weights.b])
+    tiles = work_of(batch).tiles.shape[1]
+    triton_expand.expand_kernel[min(blocks.programs, tiles), column_blocks(weights, blocks.block_n)](
         y,
-        shrunk,
-        *weights.b,
-        *[weights.b[0]] * absent,
-        work.order,
-        work.tiles,
-        work.counts,
-        table,
-        weights.ranks,
-        weights.scales,
-        y.stride(0),
-        *out_sizes,
-        *[0] * absent,
-        table.shape[1],
-        table.shape[2],
-        shrunk.shape[3],
-        shrunk.stride(1),
-        work.tiles.shape[1],
-        SPLITS=shrunk.shape[1],
-        TILE_ROWS=TILE_ROWS,
-        PAGE_ROWS=PAGE_ROWS,
+        **expand_arguments(y, shrunk, weights, batch),
         BLOCK_N=blocks.block_n,
-        PRECISION=triton_expand.precision_of(y.dtype),
         **{**triton_expand.LAUNCH, "num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
     )
+
+
+def column_blocks(weights: LoraWeights, block_n: int) -> int:
+    """Blocks of output columns, each within one slice."""
+    return sum(triton.cdiv(b.shape[1], block_n) for b in weights.b)
+
+
+def expand_arguments(y: Tensor, shrunk: Tensor, weights: LoraWeights, batch: LoraBatch) -> dict[str, Any]:
+    """What every kernel that expands takes by these names: of slices that the group lacks, any B and no columns."""
+    work = work_of(batch)
+    table = batch.active.tables[weights.group].table
+    arguments: dict[str, Any] = {}
+    for index in range(triton_expand.MOST_SLICES):
+        b = weights.b[index] if index < weights.slices else None
+        arguments |= {f"b{index}": weights.b[0] if b is None else b, f"out{index}": 0 if b is None else b.shape[1]}
+    return arguments | {
+        "shrunk": shrunk,
+        "order": work.order,
+        "tiles": work.tiles,
+        "counts": work.counts,
+        "page_table": table,
+        "ranks": weights.ranks,
+        "scales": weights.scales,
+        "y_stride": y.stride(0),
+        "slots": table.shape[1],
+        "max_pages": table.shape[2],
+        "rank_columns": shrunk.shape[3],
+        "part_stride": shrunk.stride(1),
+        "tile_capacity": work.tiles.shape[1],
+        "SPLITS": shrunk.shape[1],
+        "TILE_ROWS": TILE_ROWS,
+        "PAGE_ROWS": PAGE_ROWS,
+        "PRECISION": triton_expand.precision_of(y.dtype),
+    }

@@ -50,8 +50,9 @@ class WrittenDown:
         self._made_meanwhile = made_meanwhile
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: object, **constants: object) -> None:
-            self._launches.append((grid, [self._fixed(argument) for argument in arguments], constants))
+        def launch(*arguments: object, **named: object) -> None:
+            fixed = {name: self._fixed(argument) for name, argument in named.items()}
+            self._launches.append((grid, [self._fixed(argument) for argument in arguments], fixed))
 
         return launch
 
