@@ -71,6 +71,7 @@ struct Asking {
     next += step;
   }
 };
+// Nothing to ask for.
 struct Silence {
   void go() {}
 };

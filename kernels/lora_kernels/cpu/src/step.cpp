@@ -51,7 +51,8 @@ constexpr int DOT_ROWS = 2;
 #endif
 constexpr int DOT_RANKS = 4;
 
-// An item of a shrink: this many rows of one slot by half a page, so that a lone adapter occupies several threads.
+// An item of a shrink: at most this many rows of one slot, and half pages of its ranks, so that a lone adapter occupies
+// several threads.
 constexpr int SHRINK_ROWS = 32;
 constexpr int SHRINK_RANKS = 8;
 
@@ -191,26 +192,27 @@ class Decoder final : public Engine {
         else residual(row);
         norm(row, layer.input_norm, row);
       });
-      const Layer* after = &layer == &layers_.back() ? nullptr : &layer + 1;
       const Linear* of = layer.linears;
-      linears(batch, mine, {of + Q, 3, hidden}, {of + O, 1, attended}, h_, qkv_);
+      const Group qkv{of + Q, 3, hidden}, o{of + O, 1, attended}, gate_up{of + GATE, 2, hidden}, down{of + DOWN, 1, inner};
+      const Group next = &layer == &layers_.back() ? Group{} : Group{(&layer + 1)->linears + Q, 3, hidden};
+      linears(batch, mine, qkv, o, h_, qkv_);
       team_.each(rows, 1, [&](int row) { cache(batch, layer, row); });
       attend(batch, layer, mine);
-      linears(batch, mine, {of + O, 1, attended}, {of + GATE, 2, hidden}, attended_, y_);
+      linears(batch, mine, o, gate_up, attended_, y_);
       team_.each(rows, 1, [&](int row) {
         residual(row);
         norm(row, layer.post_attention_norm, row);
       });
-      linears(batch, mine, {of + GATE, 2, hidden}, {of + DOWN, 1, inner}, h_, gate_up_);
+      linears(batch, mine, gate_up, down, h_, gate_up_);
       team_.each(rows, 1, [&](int row) { activate(gate_up_[row]); });
-      linears(batch, mine, {of + DOWN, 1, inner}, {after ? after->linears + Q : of, after ? 3 : 0, hidden}, gate_up_, y_);
+      linears(batch, mine, down, next, gate_up_, y_);
     }
     const int sampled = int(batch.sampled), vocab = padded(model_.vocab);
     team_.each(sampled, 1, [&](int index) {
       residual(batch.sampled_rows[index]);
       norm(batch.sampled_rows[index], model_.norm, index);
     });
-    project(mine, {&model_.head, 1, hidden}, {}, sampled, h_, batch.logits, vocab);
+    project(mine, {&model_.head, 1, hidden}, nullptr, sampled, h_, batch.logits, vocab);
     team_.each(sampled, 1, [&](int index) {
       choose(batch.logits + size_t(index) * vocab, batch.best[index], batch.finite[index]);
     });
@@ -359,31 +361,37 @@ class Decoder final : public Engine {
   // asked for what its expand and the shrink of the group after it will read.
   void linears(const Batch& batch, Scratch& mine, const Group& group, const Group& after, const Rows& x, const Rows& y) {
     const int rows = int(batch.rows);
-    if (!segments_.empty()) shrink(group.linears, group.count, group.depth, x, rows);
-    project(mine, group, after, rows, x, y[0], y.stride());
-    if (!segments_.empty()) expand(mine, group.linears, group.count, rows, y);
+    if (segments_.empty()) return project(mine, group, nullptr, rows, x, y[0], y.stride());
+    shrink(group, x, rows);
+    project(mine, group, &after, rows, x, y[0], y.stride());
+    expand(mine, group, rows, y);
+  }
+
+  // A rank's row in A or B of a linear, `width` values of an adapter in the pool.
+  const T* rank_row(const void* pool, int64_t width, const Linear& linear, int slot, int rank) const {
+    const int page = linear.pages[int64_t(slot) * model_.max_pages + rank / PAGE_ROWS];
+    return static_cast<const T*>(pool) + (int64_t(page) * PAGE_ROWS + rank % PAGE_ROWS) * width;
   }
 
   // s[slice, i, j] = scale * (x[i] . A[j]), for every row's own adapter and its ranks. An item is a segment and a linear;
-  // where those are few, some eights of its ranks, so that a lone adapter occupies all threads.
-  void shrink(const Linear* linears, int count, int depth, const Rows& x, int rows) {
-    const int columns = rank_columns(), pairs = int(segments_.size()) * count;
+  // where those are few, some of its half pages.
+  void shrink(const Group& group, const Rows& x, int rows) {
+    const int columns = rank_columns(), pairs = int(segments_.size()) * group.count;
     const int parts = std::clamp(4 * team_.size() / pairs, 1, columns / SHRINK_RANKS);
     team_.each(pairs * parts, 1, [&](int item) {
-      const int index = item / parts % count;
-      const Segment& segment = segments_[item / parts / count];
-      const Linear& linear = linears[index];
+      const int index = item / parts % group.count;
+      const Segment& segment = segments_[item / parts / group.count];
+      const Linear& linear = group.linears[index];
       float* s = shrunk_.data() + (size_t(index) * rows + segment.first) * columns;
       for (int rank = item % parts * SHRINK_RANKS; rank < linear.ranks[segment.slot]; rank += parts * SHRINK_RANKS)
-        shrink_ranks(linear, segment, rank, depth, x, s + rank);
+        shrink_ranks(linear, segment, rank, group.depth, x, s + rank);
     });
   }
 
   // Up to SHRINK_RANKS of an adapter's ranks, from `rank` on.
   void shrink_ranks(const Linear& linear, const Segment& segment, int rank, int depth, const Rows& x, float* s) const {
     const int columns = rank_columns(), end = std::min(SHRINK_RANKS, int(linear.ranks[segment.slot]) - rank);
-    const int page = linear.pages[int64_t(segment.slot) * model_.max_pages + rank / PAGE_ROWS];
-    const T* a = static_cast<const T*>(linear.a) + (size_t(page) * PAGE_ROWS + rank % PAGE_ROWS) * depth;
+    const T* a = rank_row(linear.a, depth, linear, segment.slot, rank);
     const float scale = linear.scales[segment.slot];
     for (int j = 0; j < end; j += DOT_RANKS, a += size_t(DOT_RANKS) * depth) {
       int row = 0;
@@ -394,14 +402,14 @@ class Decoder final : public Engine {
     }
   }
 
-  // y = x W, a panel of 32 columns by PROJECT_ROWS rows an item.
-  void project(Scratch& mine, const Group& group, const Group& after, int rows, const Rows& x, float* y, int y_stride) {
-    const auto [linears, count, depth] = group;
+  // y = x W, a panel of 32 columns by PROJECT_ROWS rows an item; `after`: where adapters are at work, the next group.
+  void project(Scratch& mine, const Group& group, const Group* after, int rows, const Rows& x, float* y, int y_stride) {
+    const int depth = group.depth;
     int starts[4] = {};
-    for (int index = 0; index < count; ++index) starts[index + 1] = starts[index] + padded(linears[index].out) / COLUMNS;
-    const int panels = starts[count], grain = std::max(1, panels / (16 * team_.size()));
-    const bool asks = !segments_.empty() && after.linears != nullptr;
-    team_.each(panels * ((rows + PROJECT_ROWS - 1) / PROJECT_ROWS), grain, [&, depth](int item) {
+    for (int index = 0; index < group.count; ++index)
+      starts[index + 1] = starts[index] + padded(group.linears[index].out) / COLUMNS;
+    const int panels = starts[group.count], grain = std::max(1, panels / (16 * team_.size()));
+    team_.each(panels * ((rows + PROJECT_ROWS - 1) / PROJECT_ROWS), grain, [&](int item) {
       const int first = item / panels * PROJECT_ROWS, here = std::min(PROJECT_ROWS, rows - first);
       const int place = item % panels;
       int index = 0;
@@ -410,8 +418,8 @@ class Decoder final : public Engine {
       const Weight* weight = static_cast<const Weight*>(linear.weight) + size_t(place - starts[index]) * depth * COLUMNS;
       float* out = y + size_t(first) * y_stride + size_t(place) * COLUMNS;
       if (here > ROWS) multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
-      else if (!asks) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
-      else multiply_asking(group, after, place, panels, here, x[first], x.stride(), weight, out, y_stride);
+      else if (!after) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
+      else multiply_asking(group, *after, place, panels, here, x[first], x.stride(), weight, out, y_stride);
     });
   }
 
@@ -440,9 +448,8 @@ class Decoder final : public Engine {
     if (ranks <= 0) return {};
     const int64_t width = own ? linear.out : after.depth;
     const size_t bytes = size_t(ranks * width) * sizeof(T) / pieces;
-    const int64_t start = linear.pages[int64_t(slot) * model_.max_pages + page] * PAGE_ROWS * width;
-    const T* pool = static_cast<const T*>(own ? linear.b : linear.a) + start;
-    return {reinterpret_cast<const char*>(pool) + part % pieces * bytes, bytes};
+    const T* rows = rank_row(own ? linear.b : linear.a, width, linear, slot, page * PAGE_ROWS);
+    return {reinterpret_cast<const char*>(rows) + part % pieces * bytes, bytes};
   }
 
   // As multiply, in the same order: sums wait in y from one block of inputs to the next.
@@ -466,22 +473,21 @@ class Decoder final : public Engine {
   }
 
   // y += s B for every row's own adapter, over its ranks in ascending order; EXPAND_COLUMNS of a segment an item.
-  void expand(Scratch& mine, const Linear* linears, int count, int rows, const Rows& y) {
+  void expand(Scratch& mine, const Group& group, int rows, const Rows& y) {
     int starts[4] = {};
-    for (int index = 0; index < count; ++index)
-      starts[index + 1] = starts[index] + (padded(linears[index].out) + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS;
-    team_.each(int(segments_.size()) * starts[count], 1, [&](int item) {
-      const Segment& segment = segments_[item / starts[count]];
+    for (int index = 0; index < group.count; ++index)
+      starts[index + 1] = starts[index] + (padded(group.linears[index].out) + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS;
+    team_.each(int(segments_.size()) * starts[group.count], 1, [&](int item) {
+      const Segment& segment = segments_[item / starts[group.count]];
       int index = 0, offset = 0;
-      for (item %= starts[count]; item >= starts[index + 1]; ++index) offset += padded(linears[index].out);
-      const Linear& linear = linears[index];
+      for (item %= starts[group.count]; item >= starts[index + 1]; ++index) offset += padded(group.linears[index].out);
+      const Linear& linear = group.linears[index];
       const int first = (item - starts[index]) * EXPAND_COLUMNS, end = std::min(first + EXPAND_COLUMNS, int(linear.out));
       const int rank = linear.ranks[segment.slot], columns = rank_columns();
       for (int j = 0; j < rank; j += PAGE_ROWS) {
-        const int page = linear.pages[int64_t(segment.slot) * model_.max_pages + j / PAGE_ROWS];
         const int here = std::min(PAGE_ROWS, rank - j);
         const float* s = shrunk_.data() + (size_t(index) * rows + segment.first) * columns + j;
-        const T* b = static_cast<const T*>(linear.b) + size_t(page) * PAGE_ROWS * linear.out;
+        const T* b = rank_row(linear.b, linear.out, linear, segment.slot, j);
         for (int column = first; column < end; column += COLUMNS) {
           float* out = y[segment.first] + offset + column;
           if (column + COLUMNS <= linear.out) {
@@ -502,7 +508,7 @@ class Decoder final : public Engine {
   const int q_width_, kv_width_, inner_;
   Rows x_, h_, y_, qkv_, attended_, gate_up_;
   int parts_ = 1;
-  int pages_ = 1;  // that an adapter of this step has, at most, in q of the first layer: as elsewhere, mostly
+  int pages_ = 1;  // of q in the first layer, the most an adapter of this step has: what is asked for of each linear
   std::vector<Segment> segments_;
   std::vector<RowTile> tiles_;
   Buffer shrunk_, partial_;
