@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -201,7 +202,7 @@ class AdapterAdminServicer(admin_pb2_grpc.AdapterAdminServiceServicer):
     ) -> AsyncIterator[admin_pb2.DownloadVersionResponse]:
         name, number = named(request.adapter), convert.version_number(request.version)
         reader = await asyncio.to_thread(self._store.open_file, name, number, request.file)
-        with reader.closing():
+        with closing(reader):
             offset, total_size = 0, reader.size
             while data := await asyncio.to_thread(reader.read, offset, DOWNLOAD_CHUNK_BYTES):
                 yield admin_pb2.DownloadVersionResponse(data=data, total_size=total_size)

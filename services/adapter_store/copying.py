@@ -10,6 +10,7 @@ What is registered in the source meanwhile is copied by the next run. Blobs of c
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from services.adapter_store.blobs.interface import Blobs
@@ -92,7 +93,7 @@ def _copy_blob(source: Blobs, target: Blobs, digest: str, copied: Copied) -> Non
         return
     except NotFound:
         pass
-    with source.open(digest).closing() as reader, target.create() as partial:
+    with closing(source.open(digest)) as reader, target.create() as partial:
         while data := reader.read(partial.size, _CHUNK_BYTES):
             partial.write(data)
         if partial.digest != digest:

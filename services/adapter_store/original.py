@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator
-from typing import Self
+from contextlib import closing
 
 from services.adapter_store.blobs.interface import BlobReader, Blobs
 from services.adapter_store.records import VersionContent
@@ -20,7 +18,7 @@ def open_weights(blobs: Blobs, content: VersionContent) -> BlobReader:
     """A version's weights as they were uploaded. Raises NotFound, Unavailable, DataLoss."""
     if not content.weights_header_digest:
         return blobs.open(content.weights_digest)
-    with blobs.open(content.weights_header_digest).closing() as reader:
+    with closing(blobs.open(content.weights_header_digest)) as reader:
         header = reader.read(0, reader.size)
     if f"sha256:{hashlib.sha256(header).hexdigest()}" != content.weights_header_digest:
         raise _damaged(f"{content.weights_header_digest} has other bytes")
@@ -63,13 +61,6 @@ class OriginalWeights:
 
     def close(self) -> None:
         self._pack.close()
-
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[Self]:
-        try:
-            yield self
-        finally:
-            self.close()
 
     def _tensor(self, entry: TensorEntry) -> bytes | memoryview:
         """All of a tensor as it was uploaded; the last one is kept, as a file is read from start to end."""

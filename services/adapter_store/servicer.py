@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import closing
 from typing import Any
 
 import grpc
@@ -60,7 +61,7 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: store_pb2.PullAdapterRequest, context: Context
     ) -> AsyncIterator[bytes]:
         reader = await asyncio.to_thread(self._store.open_pack, request.digest, request.offset)
-        with reader.closing():
+        with closing(reader):
             offset, total_size = request.offset, reader.size
             while (left := reader.size - offset) > 0:
                 message, count = await self._read(reader, offset, left, total_size)

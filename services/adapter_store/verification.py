@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from services.adapter_store.blobs.interface import BlobReader, Blobs
@@ -124,7 +125,7 @@ def _check_weights(blobs: Blobs, content: VersionContent, version: str, found: V
 
 def _hashed(reader: BlobReader) -> str:
     hashed, offset = hashlib.sha256(), 0
-    with reader.closing():
+    with closing(reader):
         while data := reader.read(offset, _CHUNK_BYTES):
             hashed.update(data)
             offset += len(data)

@@ -21,7 +21,7 @@ from services.common.memory_plan import (
     plan_memory,
 )
 from services.common.packed import ITEM_SIZES
-from services.common.profile import profile_from_config
+from services.common.profile import longest_context, profile_from_config
 
 
 def print_memory_plan(
@@ -37,8 +37,7 @@ def print_memory_plan(
     text = path.read_text(encoding="utf-8", errors="replace") if path.suffix == ".json" else config_of(path)
     profile_from_config("planned", text)
     config = json.loads(text)
-    longest = min(filter(None, (config.get("max_position_embeddings", 2048), config.get("sliding_window"))))
-    room = replace(room, max_model_len=room.max_model_len or longest)
+    room = replace(room, max_model_len=room.max_model_len or longest_context(config))
     device = None
     if gpu is not None:
         gib, utilization = gpu

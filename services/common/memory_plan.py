@@ -16,7 +16,7 @@ from typing import Any
 
 from services.common.errors import FailedPrecondition
 from services.common.packed import ITEM_SIZES
-from services.common.profile import check_parts, linear_shapes
+from services.common.profile import check_parts, head_dim_of, linear_shapes
 
 PAGE_ROWS = 16
 """Rank rows of a page, as `lora_kernels` has it; a test holds the two together."""
@@ -212,7 +212,7 @@ def weight_elements(config: Mapping[str, Any], max_model_len: int, ranks: int = 
     linears = sum(shape.in_features * shape.out_features for shape in linear_shapes(config).values())
     head = 0 if config.get("tie_word_embeddings") else -(-vocab // ranks) * hidden
     norms = (2 * layers + 1) * hidden
-    return linears // ranks + vocab * hidden + head + norms + 2 * max_model_len * _head_dim(config)
+    return linears // ranks + vocab * hidden + head + norms + 2 * max_model_len * head_dim_of(config)
 
 
 def kv_elements(config: Mapping[str, Any]) -> int:
@@ -274,7 +274,3 @@ def paged(rank: int) -> int:
 
 def mib(size: int) -> str:
     return f"{size / (1 << 20):,.0f} MiB"
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])

@@ -23,14 +23,17 @@ def settle() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)
+    _glibc("malloc_trim", 0)
 
 
 def keep_freed_memory() -> None:
     """Have the allocator keep some of what is freed, for the next message; nothing where it is not glibc's."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+    _glibc("mallopt", _M_TRIM_THRESHOLD, _KEPT_BYTES)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Call it where the C library has it."""
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*arguments)

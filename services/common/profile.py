@@ -101,7 +101,7 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     hidden = _positive(config, "hidden_size")
     heads = _positive(config, "num_attention_heads")
     kv_heads = _positive(config, "num_key_value_heads", heads)
-    head_dim = _positive(config, "head_dim", hidden // heads)
+    head_dim = head_dim_of(config)
     intermediate = _positive(config, "intermediate_size")
     in_layer = {
         "self_attn.q_proj": Shape(hidden, heads * head_dim),
@@ -114,6 +114,18 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     }
     layers = _positive(config, "num_hidden_layers")
     return {f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in in_layer.items()}
+
+
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """A head's width, which a config need not say."""
+    return _positive(config, "head_dim", _positive(config, "hidden_size") // _positive(config, "num_attention_heads"))
+
+
+def longest_context(config: Mapping[str, Any]) -> int:
+    """The model's length; within a sliding window, where there is one, since windows are not served."""
+    positions = int(config.get("max_position_embeddings", 2048))
+    window = config.get("sliding_window")
+    return min(positions, int(window)) if window else positions
 
 
 def check_parts(config: Mapping[str, Any], parts: int, fully_sharded: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_blob_is_committed_under_its_digest(blobs: DiskBlobs) -> None:
     hexadecimal = DIGEST.removeprefix("sha256:")
     assert files(blobs) == {f"blobs/sha256/{hexadecimal[:2]}/{hexadecimal}"}
     assert blobs.total_bytes() == len(DATA)
-    with blobs.open(DIGEST).closing() as reader:
+    with closing(blobs.open(DIGEST)) as reader:
         assert (reader.size, reader.read(9998, 100)) == (len(DATA), DATA[9998:])
 
 
@@ -114,7 +115,7 @@ def test_what_is_read_now_is_what_is_read(tmp_path: Path) -> None:
         blob.write(bytes(range(256)) * 1000)
         blob.sync()
         digest = blob.commit()
-    with blobs.open(digest).closing() as reader:
+    with closing(blobs.open(digest)) as reader:
         for offset, length in ((0, 1000), (255_000, 5000), (256_000, 10), (300_000, 10)):
             buffer = bytearray(length)
             count = reader.read_now(memoryview(buffer), offset)

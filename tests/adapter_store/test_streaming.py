@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def validated(store: AdapterStore, adapter: Adapter, *, staged: bool) -> Validat
 
 def original(store: AdapterStore, version: Registered, piece: int = 1 << 20) -> bytes:
     found, reader = b"", store.open_file(version.version.adapter, version.version.number, WEIGHTS_FILE)
-    with reader.closing():
+    with closing(reader):
         while data := reader.read(len(found), piece):
             found += data
         assert len(found) == reader.size

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def commit(blobs: Blobs, data: bytes) -> str:
 
 def read_all(blobs: Blobs, digest: str, offset: int = 0, length: int = MIB) -> bytes:
     pieces = []
-    with blobs.open(digest).closing() as reader:
+    with closing(blobs.open(digest)) as reader:
         while piece := reader.read(offset, length):
             pieces.append(piece)
             offset += len(piece)
@@ -102,7 +103,7 @@ def test_what_is_not_committed_is_gone(here: Place, blobs: Blobs) -> None:
 
 def test_reads_at_any_offset_are_those_bytes(blobs: Blobs) -> None:
     chance = random.Random(2)
-    with blobs.open(commit(blobs, LARGE)).closing() as reader:
+    with closing(blobs.open(commit(blobs, LARGE))) as reader:
         assert reader.size == len(LARGE)
         for _ in range(60):
             offset = chance.randrange(len(LARGE) + 10)
@@ -112,7 +113,7 @@ def test_reads_at_any_offset_are_those_bytes(blobs: Blobs) -> None:
 
 
 def test_one_reader_serves_several_threads(blobs: Blobs) -> None:
-    with blobs.open(commit(blobs, LARGE)).closing() as reader, ThreadPoolExecutor(6) as threads:
+    with closing(blobs.open(commit(blobs, LARGE))) as reader, ThreadPoolExecutor(6) as threads:
         offsets = random.Random(3).sample(range(len(LARGE)), 48)
         for offset, data in zip(offsets, threads.map(lambda start: reader.read(start, 70_000), offsets), strict=True):
             assert data == LARGE[offset : offset + 70_000]
@@ -202,5 +203,5 @@ def test_a_disk_that_lost_bytes_is_noticed(here: Place, blobs: Blobs) -> None:
 
 def test_a_reader_is_closed_twice_and_early(blobs: Blobs) -> None:
     reader = blobs.open(commit(blobs, LARGE))
-    with reader.closing():
+    with closing(reader):
         assert reader.read(0, 10) == LARGE[:10]

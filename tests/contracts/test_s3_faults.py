@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -123,16 +124,16 @@ def test_a_broken_download_is_resumed_where_it_broke(blobs: S3Blobs, fault_proxy
 def test_a_download_that_always_breaks_ends(blobs: S3Blobs, fault_proxy: FaultProxy) -> None:
     digest = commit(blobs, SMALL)
     fault_proxy.faults.append(Fault("cut", method="GET", after=10, times=ALWAYS))
-    with blobs.open(digest).closing() as reader, pytest.raises(Unavailable, match="STORAGE_UNAVAILABLE"):
+    with closing(blobs.open(digest)) as reader, pytest.raises(Unavailable, match="STORAGE_UNAVAILABLE"):
         reader.read(0, MIB)
     fault_proxy.faults.clear()
-    with blobs.open(digest).closing() as reader:  # the failed range is not kept
+    with closing(blobs.open(digest)) as reader:  # the failed range is not kept
         assert reader.read(0, MIB) == SMALL
 
 
 def test_a_blob_removed_while_it_is_read(here: Place, blobs: S3Blobs) -> None:
     digest = commit(blobs, LARGE)
-    with blobs.open(digest).closing() as reader:
+    with closing(blobs.open(digest)) as reader:
         reader.read(0, 10)
         here.bucket().delete(path_of(digest))
         with pytest.raises(NotFound, match="BLOB_NOT_FOUND"):
@@ -152,7 +153,7 @@ def test_64_readers_share_a_bounded_number_of_buffers(blobs: S3Blobs) -> None:
     together = threading.Barrier(64)
 
     def read(number: int) -> bool:
-        with blobs.open(digest).closing() as reader:
+        with closing(blobs.open(digest)) as reader:
             together.wait(timeout=60)
             offset, good = 0, True
             while piece := reader.read(offset, 300_000):

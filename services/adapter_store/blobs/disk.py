@@ -249,13 +249,6 @@ class BlobReader:
     def close(self) -> None:
         os.close(self._fd)
 
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[Self]:
-        try:
-            yield self
-        finally:
-            self.close()
-
 
 def _share(path: Path, alone: Callable[[], None]) -> int:
     """Hold `path` with flock, shared; `alone` runs first when no other process holds it."""

@@ -7,7 +7,6 @@ whole. `commit` then makes it durable where blobs live. `tests/contracts/test_bl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -72,8 +71,6 @@ class BlobReader(Protocol):
         """As `read`, into `buffer`, if that takes no waiting: how many bytes it read; None when it may."""
 
     def close(self) -> None: ...
-
-    def closing(self) -> AbstractContextManager[Self]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any
 
 from services.adapter_store.s3 import S3Bucket, backoff
 from services.adapter_store.s3_errors import ObjectMissing, Taken
@@ -163,13 +163,6 @@ class S3Reader:
                 self._pool.release(held)
             self._window.clear()
         self._pool.leave()
-
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[Self]:
-        try:
-            yield self
-        finally:
-            self.close()
 
     def _advance(self, index: int) -> _Range | None:
         """Range `index`, held once more for the caller; the window is moved to start with it."""

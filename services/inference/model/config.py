@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from services.common.errors import FailedPrecondition, Unimplemented
 from services.common.gguf_config import config_from_gguf, open_gguf
-from services.common.profile import ARCHITECTURES
+from services.common.profile import ARCHITECTURES, head_dim_of, longest_context
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def load_config(path: Path, *, name: str = "", dtype: str = "auto", max_model_le
         default_name = path.stem
     architecture = (hf_config.get("architectures") or ["?"])[0]
     _refuse_what_is_not_served(architecture, hf_config)
-    longest = _longest(hf_config)
+    longest = longest_context(hf_config)
     if max_model_len > longest:
         raise FailedPrecondition(
             "MODEL_TOO_SHORT",
@@ -103,7 +103,7 @@ def load_config(path: Path, *, name: str = "", dtype: str = "auto", max_model_le
         num_layers=hf_config["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=hf_config.get("num_key_value_heads") or heads,
-        head_dim=hf_config.get("head_dim") or hidden // heads,
+        head_dim=head_dim_of(hf_config),
         rms_norm_eps=hf_config.get("rms_norm_eps", 1e-6),
         rope_theta=rope.get("rope_theta") or hf_config.get("rope_theta", 10000.0),
         rope_scaling=_rope_scaling(rope),
@@ -113,13 +113,6 @@ def load_config(path: Path, *, name: str = "", dtype: str = "auto", max_model_le
         dtype_name="float32" if dtype == "auto" else dtype,
         hf_config=hf_config,
     )
-
-
-def _longest(config: Mapping[str, Any]) -> int:
-    """The model's length; within a sliding window, where there is one, since windows are not served."""
-    positions = int(config.get("max_position_embeddings", 2048))
-    window = config.get("sliding_window")
-    return min(positions, int(window)) if window else positions
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:
