@@ -54,15 +54,16 @@ class PackedAdapter:
 
         Raises DataLoss (damaged bytes, another content) and FailedPrecondition (does not fit this model).
         """
-        self._made_from = data, digest, base
         header, payload = decode_header(memoryview(data), len(data))
         if header.content_digest != digest:
             raise DataLoss("DIGEST_MISMATCH", f"the store sent {header.content_digest} where {digest} was asked for")
         self.digest = digest
         self.num_bytes = len(data)
-        self._bytes = torch.frombuffer(data, dtype=torch.uint8)[payload:]
+        self._base = base
+        self._file = torch.frombuffer(data, dtype=torch.uint8)
         if base.pinned:
-            self._bytes = self._bytes.pin_memory()
+            self._file = self._file.pin_memory()
+        self._bytes = self._file[payload:]
         self._check_checksums(header, memoryview(data)[payload:])
         self._modules: dict[tuple[int, str], ModuleTensors] = {}
         self.ranks: dict[str, int] = {}
@@ -71,7 +72,7 @@ class PackedAdapter:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels as the bytes it came in: its tensors all share them, and a pickle would copy them for each."""
-        return PackedAdapter, self._made_from
+        return PackedAdapter, (bytearray(self._file.numpy()), self.digest, self._base)
 
     @property
     def max_rank(self) -> int:

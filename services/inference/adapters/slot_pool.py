@@ -190,9 +190,11 @@ class SlotPool:
                 self._scales[group][:, index, slot.index] = torch.tensor(scales)
                 for groups, module in zip(self.weights, modules, strict=True):
                     a, b = groups[group].a.select(0, index), groups[group].b[index]
+                    rows_of_a = None if module is None else columns_of(module.a, a.shape[1], self._rank)
+                    rows_of_b = None if module is None else columns_of(module.b, b.shape[1], self._rank)
                     for number, page in enumerate(slot.pages.get(linear, ())):
-                        _fill(a, page, None if module is None else columns_of(module.a, a.shape[1], self._rank), number)
-                        _fill(b, page, None if module is None else columns_of(module.b, b.shape[1], self._rank), number)
+                        _fill(a, page, rows_of_a, number)
+                        _fill(b, page, rows_of_b, number)
 
     def _set_table(self, slot: Slot) -> None:
         for group, table in self.tables.items():

@@ -47,15 +47,11 @@ def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool
 
     Raises ConfigError when the compiled path is asked for and cannot be had.
     """
-    if device_of(config) != CPU:
+    if device_of(config) != CPU or not _compiled_can_be_had(config):
         return _torch_runners(config, model, pool, sampler, None)(num_blocks)
-    threads = set_threads(config)
-    compiled = _compiled_can_be_had(config)
-    if compiled:
-        weights = load_weights(config.model, model)
-        cache = compiled_cache(model, num_blocks, config.block_size)
-        return CompiledRunner(compiled_decoder(model, weights, cache, pool, threads), cache, pool, sampler)
-    return ModelRunner(load_decoder(config, model, ALONE), paged_cache(config, model, num_blocks), pool, sampler)
+    threads, weights = set_threads(config), load_weights(config.model, model)
+    cache = compiled_cache(model, num_blocks, config.block_size)
+    return CompiledRunner(compiled_decoder(model, weights, cache, pool, threads), cache, pool, sampler)
 
 
 def build_planned_runner(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
-from services.inference.parallel.shard import Shard
+from services.inference.parallel.shard import WHOLE, Shard
 
 
 class Collectives(Protocol):
@@ -30,7 +30,7 @@ class Collectives(Protocol):
 class Alone:
     """One rank, which has it all."""
 
-    shard = Shard()
+    shard = WHOLE
 
     def sum(self, partial: Tensor) -> Tensor:
         return partial
