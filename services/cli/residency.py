@@ -31,8 +31,9 @@ def load(
     with control(where) as client:
         request = control_pb2.LoadAdapterRequest(adapter=adapter, path=path, promote=promote)
         answer = client.LoadAdapter(request, timeout=where.timeout)
-    tier = common_pb2.Tier.Name(answer.tier).removeprefix("TIER_")
-    typer.echo(f"{answer.identity.adapter}@{answer.identity.version} is loaded ({tier})")
+    for each in answer.adapters:
+        tier = common_pb2.Tier.Name(each.tier).removeprefix("TIER_")
+        typer.echo(f"{each.identity.adapter}@{each.identity.version} is loaded ({tier})")
 
 
 def unload(
@@ -60,8 +61,9 @@ def pin(context: typer.Context, adapter: Reference) -> None:
 
     where = targets(context)
     with control(where) as client:
-        identity = client.PinAdapter(control_pb2.PinAdapterRequest(adapter=adapter), timeout=where.timeout).identity
-    typer.echo(f"{identity.adapter}@{identity.version} is pinned")
+        answer = client.PinAdapter(control_pb2.PinAdapterRequest(adapter=adapter), timeout=where.timeout)
+    for each in answer.adapters:
+        typer.echo(f"{each.identity.adapter}@{each.identity.version} is pinned")
 
 
 def unpin(context: typer.Context, adapter: Reference) -> None:

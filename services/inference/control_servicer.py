@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +13,7 @@ from multilora.inference.v1 import control_pb2, control_pb2_grpc
 from services.common.auth.callers import caller
 from services.common.references import tenant_of
 from services.inference.conversion import from_resident, from_tier, from_version
-from services.inference.replica_control import ReplicaControl
+from services.inference.replica_control import Loaded, ReplicaControl
 from services.inference.serving import Serving
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -33,9 +34,9 @@ class AdapterControlServicer(control_pb2_grpc.AdapterControlServiceServicer):
     async def LoadAdapter(
         self, request: control_pb2.LoadAdapterRequest, _context: Context
     ) -> control_pb2.LoadAdapterResponse:
-        loaded = (await self._control.load(request.adapter, request.path, promote=request.promote))[0]
-        identity = from_version(loaded.adapter, self._serving.model.name)
-        return control_pb2.LoadAdapterResponse(identity=identity, tier=from_tier(loaded.tier))
+        adapters = self._told(await self._control.load(request.adapter, request.path, promote=request.promote))
+        first = adapters[0]
+        return control_pb2.LoadAdapterResponse(identity=first.identity, tier=first.tier, adapters=adapters)
 
     async def UnloadAdapter(
         self, request: control_pb2.UnloadAdapterRequest, _context: Context
@@ -46,8 +47,8 @@ class AdapterControlServicer(control_pb2_grpc.AdapterControlServiceServicer):
     async def PinAdapter(
         self, request: control_pb2.PinAdapterRequest, _context: Context
     ) -> control_pb2.PinAdapterResponse:
-        pinned = (await self._control.pin(request.adapter))[0]
-        return control_pb2.PinAdapterResponse(identity=from_version(pinned.adapter, self._serving.model.name))
+        adapters = self._told(await self._control.pin(request.adapter))
+        return control_pb2.PinAdapterResponse(identity=adapters[0].identity, adapters=adapters)
 
     async def UnpinAdapter(
         self, request: control_pb2.UnpinAdapterRequest, _context: Context
@@ -84,3 +85,11 @@ class AdapterControlServicer(control_pb2_grpc.AdapterControlServiceServicer):
             uptime=time.monotonic() - self._started,
             max_adapters_in_step=stats.max_adapters_in_step,
         )
+
+    def _told(self, loaded: Sequence[Loaded]) -> list[control_pb2.LoadedAdapter]:
+        return [
+            control_pb2.LoadedAdapter(
+                identity=from_version(each.adapter, self._serving.model.name), tier=from_tier(each.tier)
+            )
+            for each in loaded
+        ]

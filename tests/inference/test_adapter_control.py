@@ -119,6 +119,18 @@ def test_a_loaded_adapter_is_here_before_anyone_asks(replica: Replica) -> None:
     assert isinstance(replica.refused("LoadAdapter", "No such name"), InvalidArgument)
 
 
+def test_every_version_that_an_alias_splits_between_is_loaded_and_named(replica: Replica) -> None:
+    for directory in ("one", "two"):
+        replica.store.register("split", replica.root / directory, TINY_BASE)
+    targets = [admin_pb2.WeightedVersion(version=number, weight=1) for number in (1, 2)]
+    replica.store.admin().SetAlias(admin_pb2.SetAliasRequest(adapter="split", alias="stable", targets=targets))
+    for method in ("LoadAdapter", "PinAdapter"):
+        answer = replica.call(method, "split")
+        assert sorted(each.identity.version for each in answer.adapters) == [1, 2]
+        assert answer.identity == answer.adapters[0].identity
+    assert all(each.pinned for each in replica.server.stats().adapters if each.adapter.name == "default/split")
+
+
 def test_an_unload_hides_the_name_until_it_is_loaded_again(replica: Replica) -> None:
     expected = replica.ask("one").token_ids
     assert replica.call("UnloadAdapter", "one").cancelled_requests == 0

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from multilora.common.v1 import common_pb2 as multilora_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$multilora/inference/v1/control.proto\x12\x16multilora.inference.v1\x1a multilora/common/v1/common.proto\"D\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07promote\x18\x03 \x01(\x08\"v\n\x13LoadAdapterResponse\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\x12\'\n\x04tier\x18\x02 \x01(\x0e\x32\x19.multilora.common.v1.Tier\">\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x15\n\rdrain_timeout\x18\x02 \x01(\x01\"3\n\x15UnloadAdapterResponse\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x01 \x01(\r\"$\n\x11PinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"L\n\x12PinAdapterResponse\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\"&\n\x13UnpinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x16\n\x14UnpinAdapterResponse\"\x15\n\x13ListAdaptersRequest\"\x95\x02\n\x0fResidentAdapter\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\x12\'\n\x04tier\x18\x02 \x01(\x0e\x32\x19.multilora.common.v1.Tier\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\r\x12\x12\n\nreferences\x18\x05 \x01(\r\x12\x10\n\x08requests\x18\x06 \x01(\x04\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x11\n\tcpu_bytes\x18\x08 \x01(\x04\x12\r\n\x05\x65rror\x18\t \x01(\t\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x0e\n\x06pinned\x18\x0b \x01(\x08\x12\r\n\x05state\x18\x0c \x01(\t\"Q\n\x14ListAdaptersResponse\x12\x39\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\'.multilora.inference.v1.ResidentAdapter\"\x16\n\x14GetServerInfoRequest\"\xd5\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tmax_loras\x18\x03 \x01(\r\x12\x15\n\rmax_lora_rank\x18\x04 \x01(\r\x12\x15\n\rmax_cpu_loras\x18\x05 \x01(\r\x12\x18\n\x10requests_running\x18\x06 \x01(\r\x12\x18\n\x10requests_waiting\x18\x07 \x01(\r\x12\x11\n\tkv_blocks\x18\x08 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\t \x01(\r\x12\x12\n\nblock_size\x18\n \x01(\r\x12\r\n\x05steps\x18\x0b \x01(\x04\x12\x16\n\x0eslot_evictions\x18\x0c \x01(\x04\x12\x13\n\x0bpreemptions\x18\r \x01(\x04\x12\x0e\n\x06uptime\x18\x0e \x01(\x01\x12\x1c\n\x14max_adapters_in_step\x18\x0f \x01(\r2\x96\x05\n\x15\x41\x64\x61pterControlService\x12\x66\n\x0bLoadAdapter\x12*.multilora.inference.v1.LoadAdapterRequest\x1a+.multilora.inference.v1.LoadAdapterResponse\x12l\n\rUnloadAdapter\x12,.multilora.inference.v1.UnloadAdapterRequest\x1a-.multilora.inference.v1.UnloadAdapterResponse\x12\x63\n\nPinAdapter\x12).multilora.inference.v1.PinAdapterRequest\x1a*.multilora.inference.v1.PinAdapterResponse\x12i\n\x0cUnpinAdapter\x12+.multilora.inference.v1.UnpinAdapterRequest\x1a,.multilora.inference.v1.UnpinAdapterResponse\x12i\n\x0cListAdapters\x12+.multilora.inference.v1.ListAdaptersRequest\x1a,.multilora.inference.v1.ListAdaptersResponse\x12l\n\rGetServerInfo\x12,.multilora.inference.v1.GetServerInfoRequest\x1a-.multilora.inference.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$multilora/inference/v1/control.proto\x12\x16multilora.inference.v1\x1a multilora/common/v1/common.proto\"D\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07promote\x18\x03 \x01(\x08\"p\n\rLoadedAdapter\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\x12\'\n\x04tier\x18\x02 \x01(\x0e\x32\x19.multilora.common.v1.Tier\"\xaf\x01\n\x13LoadAdapterResponse\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\x12\'\n\x04tier\x18\x02 \x01(\x0e\x32\x19.multilora.common.v1.Tier\x12\x37\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32%.multilora.inference.v1.LoadedAdapter\">\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x15\n\rdrain_timeout\x18\x02 \x01(\x01\"3\n\x15UnloadAdapterResponse\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x01 \x01(\r\"$\n\x11PinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x85\x01\n\x12PinAdapterResponse\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\x12\x37\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32%.multilora.inference.v1.LoadedAdapter\"&\n\x13UnpinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x16\n\x14UnpinAdapterResponse\"\x15\n\x13ListAdaptersRequest\"\x95\x02\n\x0fResidentAdapter\x12\x36\n\x08identity\x18\x01 \x01(\x0b\x32$.multilora.common.v1.AdapterIdentity\x12\'\n\x04tier\x18\x02 \x01(\x0e\x32\x19.multilora.common.v1.Tier\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\r\x12\x12\n\nreferences\x18\x05 \x01(\r\x12\x10\n\x08requests\x18\x06 \x01(\x04\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x11\n\tcpu_bytes\x18\x08 \x01(\x04\x12\r\n\x05\x65rror\x18\t \x01(\t\x12\x0f\n\x07waiting\x18\n \x01(\r\x12\x0e\n\x06pinned\x18\x0b \x01(\x08\x12\r\n\x05state\x18\x0c \x01(\t\"Q\n\x14ListAdaptersResponse\x12\x39\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\'.multilora.inference.v1.ResidentAdapter\"\x16\n\x14GetServerInfoRequest\"\xd5\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tmax_loras\x18\x03 \x01(\r\x12\x15\n\rmax_lora_rank\x18\x04 \x01(\r\x12\x15\n\rmax_cpu_loras\x18\x05 \x01(\r\x12\x18\n\x10requests_running\x18\x06 \x01(\r\x12\x18\n\x10requests_waiting\x18\x07 \x01(\r\x12\x11\n\tkv_blocks\x18\x08 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\t \x01(\r\x12\x12\n\nblock_size\x18\n \x01(\r\x12\r\n\x05steps\x18\x0b \x01(\x04\x12\x16\n\x0eslot_evictions\x18\x0c \x01(\x04\x12\x13\n\x0bpreemptions\x18\r \x01(\x04\x12\x0e\n\x06uptime\x18\x0e \x01(\x01\x12\x1c\n\x14max_adapters_in_step\x18\x0f \x01(\r2\x96\x05\n\x15\x41\x64\x61pterControlService\x12\x66\n\x0bLoadAdapter\x12*.multilora.inference.v1.LoadAdapterRequest\x1a+.multilora.inference.v1.LoadAdapterResponse\x12l\n\rUnloadAdapter\x12,.multilora.inference.v1.UnloadAdapterRequest\x1a-.multilora.inference.v1.UnloadAdapterResponse\x12\x63\n\nPinAdapter\x12).multilora.inference.v1.PinAdapterRequest\x1a*.multilora.inference.v1.PinAdapterResponse\x12i\n\x0cUnpinAdapter\x12+.multilora.inference.v1.UnpinAdapterRequest\x1a,.multilora.inference.v1.UnpinAdapterResponse\x12i\n\x0cListAdapters\x12+.multilora.inference.v1.ListAdaptersRequest\x1a,.multilora.inference.v1.ListAdaptersResponse\x12l\n\rGetServerInfo\x12,.multilora.inference.v1.GetServerInfoRequest\x1a-.multilora.inference.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,30 +34,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOADADAPTERREQUEST']._serialized_start=98
   _globals['_LOADADAPTERREQUEST']._serialized_end=166
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=168
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=286
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=288
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=350
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=352
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=403
-  _globals['_PINADAPTERREQUEST']._serialized_start=405
-  _globals['_PINADAPTERREQUEST']._serialized_end=441
-  _globals['_PINADAPTERRESPONSE']._serialized_start=443
-  _globals['_PINADAPTERRESPONSE']._serialized_end=519
-  _globals['_UNPINADAPTERREQUEST']._serialized_start=521
-  _globals['_UNPINADAPTERREQUEST']._serialized_end=559
-  _globals['_UNPINADAPTERRESPONSE']._serialized_start=561
-  _globals['_UNPINADAPTERRESPONSE']._serialized_end=583
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=585
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=606
-  _globals['_RESIDENTADAPTER']._serialized_start=609
-  _globals['_RESIDENTADAPTER']._serialized_end=886
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=888
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=969
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=971
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=993
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=996
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1337
-  _globals['_ADAPTERCONTROLSERVICE']._serialized_start=1340
-  _globals['_ADAPTERCONTROLSERVICE']._serialized_end=2002
+  _globals['_LOADEDADAPTER']._serialized_start=168
+  _globals['_LOADEDADAPTER']._serialized_end=280
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=283
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=458
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=460
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=522
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=524
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=575
+  _globals['_PINADAPTERREQUEST']._serialized_start=577
+  _globals['_PINADAPTERREQUEST']._serialized_end=613
+  _globals['_PINADAPTERRESPONSE']._serialized_start=616
+  _globals['_PINADAPTERRESPONSE']._serialized_end=749
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=751
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=789
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=791
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=813
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=815
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=836
+  _globals['_RESIDENTADAPTER']._serialized_start=839
+  _globals['_RESIDENTADAPTER']._serialized_end=1116
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1118
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1199
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1201
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1223
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1226
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1567
+  _globals['_ADAPTERCONTROLSERVICE']._serialized_start=1570
+  _globals['_ADAPTERCONTROLSERVICE']._serialized_end=2232
 # @@protoc_insertion_point(module_scope)

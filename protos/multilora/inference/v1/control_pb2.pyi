@@ -52,18 +52,18 @@ class LoadAdapterRequest(_message.Message):
 Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
 
 @_typing.final
-class LoadAdapterResponse(_message.Message):
-    """What was loaded."""
+class LoadedAdapter(_message.Message):
+    """A version that is on this replica now."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     IDENTITY_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     tier: _common_pb2.Tier.ValueType
-    """Where it is now."""
+    """Where it is."""
     @_builtins.property
     def identity(self) -> _common_pb2.AdapterIdentity:
-        """The version the reference meant."""
+        """Which version of which adapter."""
 
     def __init__(
         self,
@@ -74,6 +74,40 @@ class LoadAdapterResponse(_message.Message):
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadedAdapter: _TypeAlias = LoadedAdapter  # noqa: Y015
+
+@_typing.final
+class LoadAdapterResponse(_message.Message):
+    """What was loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    tier: _common_pb2.Tier.ValueType
+    """Where it is now."""
+    @_builtins.property
+    def identity(self) -> _common_pb2.AdapterIdentity:
+        """The version the reference meant; the first, where an alias splits requests between several."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadedAdapter]:
+        """Every version the reference meant."""
+
+    def __init__(
+        self,
+        *,
+        identity: _common_pb2.AdapterIdentity | None = ...,
+        tier: _common_pb2.Tier.ValueType = ...,
+        adapters: _abc.Iterable[Global___LoadedAdapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "identity", b"identity", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -156,18 +190,24 @@ class PinAdapterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     IDENTITY_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def identity(self) -> _common_pb2.AdapterIdentity:
-        """The version that is pinned."""
+        """The version that is pinned; the first, where an alias splits requests between several."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadedAdapter]:
+        """Every version that is pinned."""
 
     def __init__(
         self,
         *,
         identity: _common_pb2.AdapterIdentity | None = ...,
+        adapters: _abc.Iterable[Global___LoadedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "identity", b"identity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
