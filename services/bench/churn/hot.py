@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from services.bench.churn.ground import Ground, failures, ratio_figure
 from services.bench.load.answer import Answer
 from services.bench.load.driver import run_load, send
@@ -15,11 +17,14 @@ ADAPTERS, CONCURRENCY = 8, 16
 SHARE = 0.9
 LOADED = 0.8
 """The offered rate as a part of what the server can answer: busy, but not past its means."""
+BLOCKS = 4
+"""A round lasts so many timed blocks: the others have few requests, and a p95 wants twenty."""
 TTFT_P95 = 2.0
 
 
 async def hot(ground: Ground) -> Result:
-    """Arrivals at a rate measured in the same run. Alone, the others' requests come at the same moments."""
+    """Arrivals at a rate measured in the same run. Alone, the others' requests come at the same moments, with prompts
+    as long that no cache has seen."""
     adapters, sizes = ground.fleet[:ADAPTERS], ground.sizes
     skewed = Popularity(mix=Mix.SKEWED, skew_share=SHARE)
     rounds: dict[str, list[list[Answer]]] = {"mixed": [], "alone": []}
@@ -33,11 +38,15 @@ async def hot(ground: Ground) -> Result:
                 load = sizes.load(
                     number,
                     request_rate=rate,
-                    num_prompts=max(2 * ADAPTERS, round(rate * sizes.seconds)),
+                    num_prompts=max(2 * ADAPTERS, round(rate * BLOCKS * sizes.seconds)),
                     popularity=skewed,
                 )
                 requests = plan(load, adapters)
-                others = [request for request in requests if request.adapter != adapters[0]]
+                others = [
+                    replace(request, prompt=request.prompt[::-1])
+                    for request in requests
+                    if request.adapter != adapters[0]
+                ]
                 mixed, alone = await send(target, requests), await send(target, others)
                 rounds["mixed"].append([answer for answer in mixed if answer.adapter != adapters[0]])
                 rounds["alone"].append(alone)
@@ -60,5 +69,6 @@ async def hot(ground: Ground) -> Result:
         ),
         failures(asked),
     ]
-    setup = ground.setup(adapters=ADAPTERS, share=SHARE, request_rate=rate, of_capacity=LOADED, seconds=sizes.seconds)
+    offered = {"request_rate": rate, "of_capacity": LOADED, "seconds": BLOCKS * sizes.seconds}
+    setup = ground.setup(adapters=ADAPTERS, share=SHARE, **offered)
     return Result("churn_hot", setup, {"others_p95_ttft_ms": of_others, "others": count}, figures)
