@@ -20,6 +20,7 @@ from rich.console import Console
 from services.bench.load.plots import plot
 from services.bench.results import Figure, Result, print_table, write_lines
 from services.inference.config import SchedulerConfig
+from services.inference.engine.interfaces import Lack
 from services.inference.engine.request import AdapterVersion, Request, RequestStatus, SamplingParams, StoppingParams
 from services.inference.engine.scheduler import Scheduler
 
@@ -44,11 +45,11 @@ class DictSlots:
     def tier(self, adapter: AdapterVersion) -> str:
         return "GPU" if adapter.digest in self._slots else "CPU"
 
-    def acquire(self, adapter: AdapterVersion) -> int | None:
+    def acquire(self, adapter: AdapterVersion) -> int | Lack:
         if adapter.digest not in self._slots:
             idle = next((digest for digest in self._slots if digest not in self._held), None)
             if not self._free and idle is None:
-                return None
+                return Lack.ROOM
             self._slots[adapter.digest] = self._free.pop() if self._free else self._slots.pop(idle or "")
         self._slots.move_to_end(adapter.digest)
         self._held.add(adapter.digest)

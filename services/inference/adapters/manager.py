@@ -21,6 +21,7 @@ from services.inference.adapters.packed_adapter import BaseModelShapes, PackedAd
 from services.inference.adapters.slot_pool import Slot, SlotPool
 from services.inference.adapters.states import AdapterState, Transitions
 from services.inference.adapters.tracked import Tracked, TrackedAdapters
+from services.inference.engine.interfaces import Lack
 from services.inference.engine.messages import ResidentAdapter
 from services.inference.engine.request import AdapterVersion
 
@@ -120,13 +121,15 @@ class AdapterManager:
 
     # ---- into the pool
 
-    def acquire(self, adapter: AdapterVersion) -> int | None:
+    def acquire(self, adapter: AdapterVersion) -> int | Lack:
         tracked = self._tracked[adapter.digest]
         if tracked.state is FAILED:
-            return None
+            return Lack.ADAPTER
         slot = self._pool.get(adapter.digest) or self._load(tracked, self._make_room)
-        if slot is None or not slot.arrived:
-            return None
+        if slot is None:
+            return Lack.ADAPTER if tracked.state is FAILED else Lack.ROOM
+        if not slot.arrived:
+            return Lack.ADAPTER
         slot.references += 1
         tracked.used_at = self._clock()
         self._pool.touch(adapter.digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 from services.inference.engine.messages import ResidentAdapter, TokenLogprobs
@@ -43,17 +44,21 @@ class Runner(Protocol):
         """Compute one step; an entry per request, None for one that does not sample in it."""
 
 
+class Lack(Enum):
+    """What an adapter lacks for a slot: room, which others hold, or itself, as its copy failed or is under way."""
+
+    ROOM = auto()
+    ADAPTER = auto()
+
+
 class Slots(Protocol):
     """The part of `Adapters` that the scheduler asks: places in the pool, each held for a step."""
 
     def tier(self, adapter: AdapterVersion) -> str:
         """STORE, DISK, CPU or GPU."""
 
-    def acquire(self, adapter: AdapterVersion) -> int | None:
-        """The slot of a ready adapter, loaded and held.
-
-        None when every slot is held for others, when the copy failed, or while it is under way.
-        """
+    def acquire(self, adapter: AdapterVersion) -> int | Lack:
+        """The slot of a ready adapter, loaded and held; or why there is none now."""
 
     def release(self, adapter: AdapterVersion) -> None: ...
 

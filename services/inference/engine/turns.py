@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from services.inference.engine.fair_share import Weight
-from services.inference.engine.interfaces import Slots
+from services.inference.engine.interfaces import Lack, Slots
 from services.inference.engine.request import AdapterVersion
 
 NEW_ADAPTER_SHARE = 4
@@ -79,7 +79,7 @@ class Turns:
         }
         # Those that are in the pool first, so that no copy takes the place of one of them.
         for digest in sorted(self._turns, key=lambda digest: self._adapters.tier(demands[digest].adapter) != "GPU"):
-            if not self._acquire(digest, demands[digest].adapter):
+            if self._acquire(digest, demands[digest].adapter) is not None:
                 del self._turns[digest]
                 self._waiting_since[digest] = self._step
         held = Counter(turn.tenant for turn in self._turns.values())
@@ -118,9 +118,12 @@ class Turns:
         return held[demand.tenant] / self._weight(demand.tenant), waiting_since
 
     def _give(self, digest: str, demands: Mapping[str, Demand], held: Counter[str], most: int) -> bool:
-        """Give the adapter a turn; False when there is neither room nor a turn that may pass to it."""
+        """Give the adapter a turn, or leave it waiting while its copy is under way or failed; False when there is
+        neither room nor a turn that may pass to it."""
         demand = demands[digest]
-        while not (len(self._slots) < most and self._acquire(digest, demand.adapter)):
+        while (lack := self._acquire(digest, demand.adapter) if len(self._slots) < most else Lack.ROOM) is not None:
+            if lack is Lack.ADAPTER:
+                return True
             ended = self._ended(demand, held)
             if ended is None:
                 return False
@@ -146,11 +149,13 @@ class Turns:
         ]
         return max(over, key=lambda digest: (served(self._turns[digest]), self._turns[digest].used), default=None)
 
-    def _acquire(self, digest: str, adapter: AdapterVersion) -> bool:
+    def _acquire(self, digest: str, adapter: AdapterVersion) -> Lack | None:
+        """Hold the adapter's slot for this step; what it lacks, when it has none."""
         slot = self._adapters.acquire(adapter)
-        if slot is not None:
-            self._slots[digest] = slot
-        return slot is not None
+        if isinstance(slot, Lack):
+            return slot
+        self._slots[digest] = slot
+        return None
 
     def _pass_on(self, digest: str, held: Counter[str]) -> None:
         turn = self._turns.pop(digest)

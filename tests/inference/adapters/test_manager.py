@@ -27,6 +27,7 @@ from services.inference.adapters.copies import Arrived, Copies, at_once
 from services.inference.adapters.disk_cache import DiskCache
 from services.inference.adapters.manager import AdapterManager
 from services.inference.adapters.slot_pool import SlotPool
+from services.inference.engine.interfaces import Lack
 from services.inference.engine.request import AdapterVersion
 from tests.inference.adapters.packs import Pack, base_shapes, lying, make_pool
 
@@ -103,17 +104,17 @@ class Bench:
             self.manager.unclaim(self.version(name))
         self.manager.check_integrity()
 
-    def run(self, *names: str) -> list[int | None]:
+    def run(self, *names: str) -> list[int | Lack]:
         """Give ready adapters their slots."""
         slots = [self.manager.acquire(self.version(name)) for name in names]
         self.manager.check_integrity()
         return slots
 
-    def step(self, *names: str) -> list[int | None]:
+    def step(self, *names: str) -> list[int | Lack]:
         """Give ready adapters their slots for one step."""
         slots = self.run(*names)
         for name, slot in zip(names, slots, strict=True):
-            if slot is not None:
+            if isinstance(slot, int):
                 self.manager.release(self.version(name))
         return slots
 
@@ -319,7 +320,7 @@ def test_a_copy_to_the_pool_that_fails(bench: Bench, monkeypatch: pytest.MonkeyP
 
     with monkeypatch.context() as patched:
         patched.setattr(bench.pool, "_copy", fault)
-        assert bench.run("half", "half") == [None, None]
+        assert bench.run("half", "half") == [Lack.ADAPTER, Lack.ADAPTER]
     failure = bench.manager.failure(bench.version("half"))
     assert failure is not None and failure.reason == "ADAPTER_FAILED"
     bench.ended.get(timeout=20)  # the engine is woken, to tell its requests
@@ -365,11 +366,11 @@ def late(packs: dict[str, Pack], tmp_path: Path, engine: CopyEngine) -> Iterator
 
 def test_others_run_while_a_copy_is_under_way(late: Bench, engine: CopyEngine) -> None:
     late.bring("half", "rank-1")
-    assert late.step("half") == [None]
+    assert late.step("half") == [Lack.ADAPTER]
     engine.work()
-    assert late.step("half") == [None], "steps take in what arrived before they began"
+    assert late.step("half") == [Lack.ADAPTER], "steps take in what arrived before they began"
     late.wait(0)
-    assert late.step("half", "rank-1", "half") == [0, None, 0]
+    assert late.step("half", "rank-1", "half") == [0, Lack.ADAPTER, 0]
     engine.work()
     late.wait(0)
     assert late.step("rank-1", "half") == [1, 0]
@@ -380,7 +381,7 @@ def test_a_copy_under_way_keeps_its_slot(late: Bench, engine: CopyEngine) -> Non
     """Whoever asks first runs first: the others do not take the slot from under its copy."""
     late.bring("half", "rank-1", "rank-16")
     for _ in range(2):
-        assert late.step("half", "rank-1", "rank-16") == [None, None, None]
+        assert late.step("half", "rank-1", "rank-16") == [Lack.ADAPTER, Lack.ADAPTER, Lack.ROOM]
     assert len(engine.asked) == 2
     engine.work()
     engine.work()
@@ -390,38 +391,38 @@ def test_a_copy_under_way_keeps_its_slot(late: Bench, engine: CopyEngine) -> Non
 
 def test_an_adapter_that_leaves_while_its_copy_is_under_way(late: Bench, engine: CopyEngine) -> None:
     late.bring("half")
-    assert late.step("half") == [None]
+    assert late.step("half") == [Lack.ADAPTER]
     late.let_go("half")
     late.manager.drop("default/half", 1)
     late.bring("rank-1")
-    assert late.step("rank-1") == [None]
+    assert late.step("rank-1") == [Lack.ADAPTER]
     engine.work()
     engine.work()
     late.wait(0)
-    assert None not in late.step("rank-1")
+    assert late.step("rank-1")[0] in (0, 1)
 
 
 def test_a_device_without_memory_for_the_copy(late: Bench, engine: CopyEngine) -> None:
     """Those who asked for the adapter are told to try later; the pool is whole, and others use it."""
     late.bring("half", "rank-1")
     engine.full = True
-    assert late.run("half") == [None]
+    assert late.run("half") == [Lack.ADAPTER]
     late.pool.check_integrity()
     failure = late.manager.failure(late.version("half"))
     assert isinstance(failure, ResourceExhausted) and failure.reason == "DEVICE_MEMORY_FULL"
     assert failure.retry_after == pytest.approx(failures.FIRST_REST)
     engine.full = False
-    assert late.step("rank-1") == [None]
+    assert late.step("rank-1") == [Lack.ADAPTER]
     engine.work()
     late.wait(0)
-    assert None not in late.step("rank-1")
+    assert late.step("rank-1")[0] in (0, 1)
 
 
 def test_a_copy_that_fails_while_it_drains(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.bring("half")
     bench.manager.drain("default/half", 1)
     monkeypatch.setattr(bench.pool, "_copy", lambda *_: 1 / 0)
-    assert bench.run("half") == [None]
+    assert bench.run("half") == [Lack.ADAPTER]
     assert bench.state("half") == "FAILED"
     bench.manager.end_drain("default/half", 1, evict=True)
     bench.let_go("half")
@@ -452,7 +453,7 @@ def test_pins_come_back_when_there_is_room_and_keep_nobody_out(bench: Bench) -> 
     bench.wait(0)
     assert bench.tiers("half", "rank-1") == ["GPU", "GPU"], "fetched and loaded before anyone asks"
     bench.bring("rank-16")
-    assert bench.step("rank-16") != [None], "pins fill the pool, and yet another gets its turn"
+    assert bench.step("rank-16")[0] in (0, 1), "pins fill the pool, and yet another gets its turn"
     bench.wait(0)
     assert bench.tiers("rank-16") == ["GPU"], "it has requests: it is not driven out between two steps"
     bench.let_go("rank-16")
@@ -515,7 +516,7 @@ def test_more_adapters_than_max_loras_as_far_as_pages_go(packs: dict[str, Pack],
     bench.bring("half", "rank-1", "one-layer")
     assert bench.step("rank-1", "half", "one-layer") == [0, 1, 2], "three small ones in the pages of one large one"
     bench.bring("rank-40")
-    assert bench.step("rank-40") != [None]
+    assert bench.step("rank-40")[0] in (0, 1)
     assert bench.tiers("half") == ["CPU"], "the large one needs the pages"
     bench.manager.close()
 
@@ -591,7 +592,7 @@ def test_claims_never_exceed_host_memory(bench: Bench) -> None:
 def test_only_idle_slots_are_taken_the_least_recently_used_first(bench: Bench) -> None:
     bench.bring("half", "rank-1", "rank-16")
     assert bench.run("half", "rank-1") == [0, 1]
-    assert bench.run("rank-16") == [None], "both slots are held"
+    assert bench.run("rank-16") == [Lack.ROOM], "both slots are held"
     bench.manager.release(bench.version("half"))
     bench.manager.release(bench.version("rank-1"))
     assert bench.run("half") == [0]
@@ -613,7 +614,7 @@ def test_one_slot_for_many_requests_is_held_until_the_last_lets_go(bench: Bench)
     bench.bring("half", "rank-1", "rank-16")
     assert bench.run("half", "half", "rank-1") == [0, 0, 1]
     bench.manager.release(bench.version("half"))
-    assert bench.run("rank-16") == [None]
+    assert bench.run("rank-16") == [Lack.ROOM]
     bench.manager.release(bench.version("half"))
     assert bench.run("rank-16") == [0]
 
@@ -646,7 +647,8 @@ def test_any_order_of_claims_and_slots(
 
     def settle() -> None:
         bench.settle(len(fetching))
-        assert all(manager.is_ready(bench.version(name)) for name in fetching)
+        # one that was given up on may have come and gone again
+        assert all(manager.is_ready(bench.version(name)) for name in fetching if claims[name])
         fetching.clear()
 
     for operation, index in operations:
@@ -663,8 +665,8 @@ def test_any_order_of_claims_and_slots(
         elif operation == "acquire" and claims[name] > held[name] and manager.is_ready(version):
             slot = manager.acquire(version)
             others = {other for other, count in held.items() if count and other != name}
-            assert (slot is None) == (len(others) == 2 and not held[name])
-            held[name] += slot is not None
+            assert (slot is Lack.ROOM) == (len(others) == 2 and not held[name])
+            held[name] += slot is not Lack.ROOM
         elif operation == "release" and held[name]:
             manager.release(version)
             held[name] -= 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from services.common.errors import DataLoss
-from services.inference.engine.interfaces import SampledToken, ScheduledRequest
+from services.inference.engine.interfaces import Lack, SampledToken, ScheduledRequest
 from services.inference.engine.messages import ResidentAdapter
 from services.inference.engine.request import AdapterVersion, StoppingParams
 
@@ -74,7 +74,8 @@ class ScriptedRunner:
 class MemoryAdapters:
     """`engine.interfaces.Adapters` over dicts: `claims` places in host memory, `slots` in the pool.
 
-    A claimed adapter that is not in memory stays on its way until `arrive` or `fail` is called for it.
+    A claimed adapter that is not in memory stays on its way until `arrive` or `fail` is called for it; its copy into
+    the pool is under way for as long as `copying` has it.
     """
 
     def __init__(self, claims: int, slots: int) -> None:
@@ -84,6 +85,7 @@ class MemoryAdapters:
         self.claims: Counter[str] = Counter()
         self.in_memory: dict[str, None] = {}
         self.on_the_way: set[str] = set()
+        self.copying: set[str] = set()
         self._failures: dict[str, Exception] = {}
         self.evictions = 0
         self.loads = 0
@@ -133,18 +135,23 @@ class MemoryAdapters:
     def failure(self, adapter: AdapterVersion) -> Exception | None:
         return self._failures.get(adapter.digest)
 
-    def acquire(self, adapter: AdapterVersion) -> int | None:
+    def acquire(self, adapter: AdapterVersion) -> int | Lack:
         digest = adapter.digest
         assert digest in self.in_memory and self.claims[digest], "acquired without a claim, or before it was ready"
         if digest not in self.slots:
-            free = [index for index, held in enumerate(self.slots) if held is None or not self.references[held]]
+            free = [index for index, held in enumerate(self.slots) if held is None or not self._is_kept(held)]
             if not free:
-                return None
+                return Lack.ROOM
             self.evictions += self.slots[free[0]] is not None
             self.loads += 1
             self.slots[free[0]] = digest
+        if digest in self.copying:
+            return Lack.ADAPTER
         self.references[digest] += 1
         return self.slots.index(digest)
+
+    def _is_kept(self, digest: str) -> bool:
+        return bool(self.references[digest]) or digest in self.copying
 
     def release(self, adapter: AdapterVersion) -> None:
         assert self.references[adapter.digest] > 0

@@ -235,6 +235,22 @@ def test_slots_pass_on_when_a_turn_is_used_and_the_parked_keep_their_blocks() ->
     scheduler.check_integrity()
 
 
+def test_while_one_adapter_is_copied_in_no_more_than_its_own_turn_is_taken() -> None:
+    scheduler = make_scheduler(num_blocks=30, max_num_seqs=4, budget=8, slots=2, claims=3, turn_tokens=2)
+    for name in "ab":
+        put(scheduler, make_request(name, 2, name))
+    for _ in range(4):
+        take_step(scheduler)
+    coming = put(scheduler, make_request("coming", 2, "c"))
+    assert isinstance(scheduler.adapters, MemoryAdapters) and coming.adapter is not None
+    scheduler.adapters.copying = {coming.adapter.digest}
+    kept = [names(take_step(scheduler)) for _ in range(6)]
+    assert all(len(step) == 1 for step in kept), "the slot that is left serves one of the two"
+    assert {name for ((name, _),) in kept} == {"a", "b"}, "they take turns at it"
+    scheduler.adapters.copying.clear()
+    assert "coming" in dict(names(take_step(scheduler)))
+
+
 def test_without_others_waiting_a_turn_goes_on() -> None:
     scheduler = make_scheduler(num_blocks=30, slots=1, turn_tokens=2)
     put(scheduler, make_request("a", 2, "a"))
