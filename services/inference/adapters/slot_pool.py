@@ -103,6 +103,7 @@ class SlotPool:
         ]
         self._free_pages = {linear: list(range(self._num_pages)) for group in shapes for linear in LINEAR_GROUPS[group]}
         self._free_slots = list(range(self.num_slots))
+        self._pages: dict[tuple[str, int, int], Sequence[tuple[Tensor, Tensor]]] = {}
         self._slots: dict[str, Slot] = {}
         self._arriving: dict[Slot, Arrived] = {}
         self._generations = [0] * self.num_slots
@@ -180,7 +181,7 @@ class SlotPool:
         self._free_slots.append(slot.index)
 
     def _copy(self, slot: Slot, adapter: AdapterWeights) -> None:
-        """A step waits for it, so it makes no tensor it can do without: a copy of a page takes less than its view."""
+        """A step waits for it, so it makes no tensor it can do without."""
         for group in self.tables:
             for index, linear in enumerate(LINEAR_GROUPS[group]):
                 modules = [adapter.module(layer, linear) for layer in range(len(self.weights))]
@@ -188,13 +189,18 @@ class SlotPool:
                 scales = [0.0 if module is None else module.scale for module in modules]
                 self._ranks[group][:, index, slot.index] = torch.tensor(ranks, dtype=torch.int32)
                 self._scales[group][:, index, slot.index] = torch.tensor(scales)
-                for groups, module in zip(self.weights, modules, strict=True):
-                    a, b = groups[group].a.select(0, index), groups[group].b[index]
-                    rows_of_a = None if module is None else columns_of(module.a, a.shape[1], self._rank)
-                    rows_of_b = None if module is None else columns_of(module.b, b.shape[1], self._rank)
-                    for number, page in enumerate(slot.pages.get(linear, ())):
-                        _fill(a, page, rows_of_a, number)
-                        _fill(b, page, rows_of_b, number)
+                for number, page in enumerate(slot.pages.get(linear, ())):
+                    for module, (a, b) in zip(modules, self._page(group, index, page), strict=True):
+                        _fill(a, None if module is None else columns_of(module.a, a.shape[1], self._rank), number)
+                        _fill(b, None if module is None else columns_of(module.b, b.shape[1], self._rank), number)
+
+    def _page(self, group: str, index: int, page: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """A page of A and of B in every layer. The views are kept: to make them takes as long as to fill them."""
+        if (group, index, page) not in self._pages:
+            rows = slice(page * PAGE_ROWS, (page + 1) * PAGE_ROWS)
+            layers = [groups[group] for groups in self.weights]
+            self._pages[group, index, page] = [(layer.a[index, rows], layer.b[index][rows]) for layer in layers]
+        return self._pages[group, index, page]
 
     def _set_table(self, slot: Slot) -> None:
         for group, table in self.tables.items():
@@ -248,13 +254,12 @@ def _pages_needed(adapter: AdapterWeights) -> dict[str, int]:
     return {linear: pages_for(rank) for linear, rank in adapter.ranks.items()}
 
 
-def _fill(pool: Tensor, page: int, rows: Tensor | None, number: int) -> None:
+def _fill(page: Tensor, rows: Tensor | None, number: int) -> None:
     """Copy the rows of an adapter's page `number` to a page of the pool; what they leave of it is zeroed."""
-    to = pool.narrow(0, page * PAGE_ROWS, PAGE_ROWS)
     first = number * PAGE_ROWS
     here = 0 if rows is None else max(0, min(PAGE_ROWS, len(rows) - first))
     if rows is not None and here:
         part = rows if here == len(rows) else rows[first : first + here]
-        (to if here == PAGE_ROWS else to[:here]).copy_(part, non_blocking=True)
+        (page if here == PAGE_ROWS else page[:here]).copy_(part, non_blocking=True)
     if here < PAGE_ROWS:
-        to[here:].zero_()
+        page[here:].zero_()
