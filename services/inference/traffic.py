@@ -1,4 +1,8 @@
-"""What requests brought, by adapter: tokens, times, tiers; apart for the busiest adapters, in one for the rest."""
+"""What requests brought, by adapter: tokens, times, tiers; apart for the busiest adapters, in one for the rest.
+
+Summed where answers go out, so that the engine's thread has nothing to do for it; a request's queue time, time to first
+token and adapter load are the engine's own measures, which come with its first token.
+"""
 
 from __future__ import annotations
 
