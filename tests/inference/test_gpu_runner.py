@@ -87,7 +87,7 @@ class Requests:
             ScheduledRequest(self.all[index], min(most, self.all[index].num_uncomputed_tokens), SLOTS[index])
             for index, most in shares
         ]
-        tokens = self._runner.run(step)
+        tokens = self._runner.launch(step).read()
         for scheduled, token in zip(step, tokens, strict=True):
             assert (token is not None) == scheduled.samples
             scheduled.request.num_computed_tokens += scheduled.num_tokens

@@ -408,7 +408,7 @@ def test_a_deadline_wakes_an_idle_loop() -> None:
 
 def test_a_fault_of_the_runner_is_told(caplog: pytest.LogCaptureFixture) -> None:
     bench = make_bench()
-    bench.runner.run = lambda _step: 1 / 0  # type: ignore[assignment, method-assign]
+    bench.runner.launch = lambda _step: 1 / 0  # type: ignore[assignment, method-assign]
     with caplog.at_level(logging.CRITICAL):
         running = RunningLoop.start(bench)
         running.loop.inbox.put(add("r", [1]))
