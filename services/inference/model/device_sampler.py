@@ -44,9 +44,10 @@ class Choices:
             SampledToken(token) if ok else SampledToken(error=non_finite(request))
             for token, ok, request in zip(tokens, finite, self.requests, strict=True)
         ]
-        for row, logits, number in zip(self.drawn, self.logits, self.numbers, strict=True):
+        for index, row in enumerate(self.drawn):
             if finite[row] and not found[row]:
-                token = draw(logits.cpu().numpy(), self.requests[row].sampling, number)
+                logits = self.logits[index].cpu().numpy()
+                token = draw(logits, self.requests[row].sampling, self.numbers[index])
                 read[row] = SampledToken(token, late=True)
         return read
 
@@ -69,9 +70,10 @@ class DeviceSampler:
         numbers = [uniform(requests[row].sampling.seed, requests[row].num_output_tokens) for row in drawn]
         greedy = greedy[:, : len(requests)]
         answers = torch.cat([greedy, torch.ones_like(greedy[:1])])
-        rows = _to_device(torch.tensor(drawn, dtype=torch.int64), logits.device)
-        of_drawn = logits.index_select(0, rows)
+        of_drawn = logits.new_empty(0)
         if drawn:
+            rows = _to_device(torch.tensor(drawn), logits.device)
+            of_drawn = logits.index_select(0, rows)
             sampling = [requests[row].sampling for row in drawn]
             parameters = draw_parameters(sampling, numbers, logits.shape[1], logits.device)
             answers[::2].index_copy_(1, rows, draw_rows(of_drawn, parameters))
