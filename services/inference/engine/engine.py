@@ -70,7 +70,7 @@ class Engine:
 
     clock: monotonic seconds
     step_log: called with every step before it runs, for tests and traces
-    moved: whether the last step had anything to run
+    moved: whether the last step had anything to run or to read
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class Engine:
             return
         request.token_ids[end] = sampled.token_id
         if sampled.late:
-            self._call_back(request, end)
+            self._take_back(request, end)
         self._generation_tokens += 1
         times = None
         if request.first_token_time is None:
@@ -268,7 +268,7 @@ class Engine:
         logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
         self._outputs.append(RequestOutput(request.request_id, (sampled.token_id,), logprobs, times, finished))
 
-    def _call_back(self, request: Request, end: int) -> None:
+    def _take_back(self, request: Request, end: int) -> None:
         """A step under way that went on from another token at place `end` counts for nothing; the next computes it."""
         if self._flight is not None and self._flight.ends.get(request, 0) > end:
             del self._flight.ends[request]

@@ -28,6 +28,7 @@ class Choices:
     answers: waits for the device; [3, n] int64 on the host: the tokens, 1 where the logits are finite, and 1 where the
         token is found, 0 where more candidates have to be looked at
     drawn: the rows that were drawn, with their logits [drawn, vocab] on the device and their random numbers
+    fetch: brings logits to the host once `answers` are there
     """
 
     requests: Sequence[Request]
@@ -36,9 +37,10 @@ class Choices:
     drawn: Sequence[int]
     logits: Tensor
     numbers: Sequence[float]
+    fetch: Callable[[Tensor], Tensor]
 
     def read(self) -> list[SampledToken]:
-        """A token, or an error, per request. Waits for the device once, and again where it found no token."""
+        """A token, or an error, per request. Waits for the step, and for none after it."""
         tokens, finite, found = self.answers().tolist()
         read = [
             SampledToken(token) if ok else SampledToken(error=non_finite(request))
@@ -46,7 +48,7 @@ class Choices:
         ]
         for index, row in enumerate(self.drawn):
             if finite[row] and not found[row]:
-                logits = self.logits[index].cpu().numpy()
+                logits = self.fetch(self.logits[index]).numpy()
                 token = draw(logits, self.requests[row].sampling, self.numbers[index])
                 read[row] = SampledToken(token, late=True)
         return read
@@ -77,7 +79,8 @@ class DeviceSampler:
             sampling = [requests[row].sampling for row in drawn]
             parameters = draw_parameters(sampling, numbers, logits.shape[1], logits.device)
             answers[::2].index_copy_(1, rows, draw_rows(of_drawn, parameters))
-        return Choices(requests, answers[0], self._read_back.start(answers), drawn, of_drawn, numbers)
+        answered, fetch = self._read_back.start(answers), self._read_back.fetch
+        return Choices(requests, answers[0], answered, drawn, of_drawn, numbers, fetch)
 
     def leaves_to_host(self, request: Request) -> bool:
         """Whether the host has to choose the request's next token."""

@@ -32,3 +32,8 @@ class ReadBack:
             return there
 
         return wait
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """On the host, now: of a step that was read, past whatever was launched since."""
+        with torch.cuda.stream(self._stream):
+            return tensor.cpu()
