@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -415,6 +416,20 @@ def test_the_loop_cancels_what_it_does_not_drain() -> None:
     running.loop.inbox.put(Shutdown(drain=False))
     assert running.until_finished().reason == "CANCELLED"
     running.end()
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_the_loop_reads_what_it_launched_before_it_ends(drain: bool) -> None:
+    bench = make_bench(ahead=RunningAhead)
+    running = RunningLoop.start(bench)
+    running.loop.inbox.put(add("r", [1, 2], max_tokens=20))
+    assert isinstance(running.next(), RequestStarted)
+    running.loop.inbox.put(Shutdown(drain=drain))
+    assert running.until_finished().reason in ("LENGTH", "LENGTH" if drain else "CANCELLED")
+    running.end()
+    runner = bench.engine.runner
+    assert isinstance(runner, RunningAhead)
+    assert Counter(what for what, _ in runner.log) == {"launch": len(runner.log) // 2, "read": len(runner.log) // 2}
 
 
 @pytest.mark.parametrize("timeout", [1e12, float("inf")])
