@@ -97,7 +97,7 @@ def answers(loop: EngineLoop, adapters: Sequence[PackedAdapter]) -> list[list[in
     ]
     for _ in range(TOKENS):
         step = [ScheduledRequest(r, r.num_uncomputed_tokens, slot) for r, slot in zip(requests, slots, strict=True)]
-        for made, token in zip(requests, loop.engine.runner.run(step), strict=True):
+        for made, token in zip(requests, loop.engine.runner.launch(step).read(), strict=True):
             assert token is not None and token.error is None
             made.num_computed_tokens = len(made.token_ids)
             made.token_ids.append(token.token_id)

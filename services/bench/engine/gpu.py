@@ -210,7 +210,7 @@ class Bench:
 
     def _step(self, requests: list[tuple[Request, int | None]]) -> float:
         step = [ScheduledRequest(request, request.num_uncomputed_tokens, slot) for request, slot in requests]
-        taken = self.seconds(lambda: self.runner.run(step))
+        taken = self.seconds(lambda: self.runner.launch(step).read())
         for request, _ in requests:
             request.num_computed_tokens = len(request.token_ids)
             request.token_ids.append(7)

@@ -1,4 +1,5 @@
-"""Runs one engine step on a GPU: decode in CUDA graphs by bucket, prefill eager, and the host waits once, for tokens.
+"""Runs engine steps on a GPU: decode in CUDA graphs by bucket, prefill eager, and the host waits once, for tokens; the
+next step is launched before that, and finds them on the device.
 
 With the graphs off, every line of it runs on a CPU too.
 """
@@ -18,11 +19,12 @@ from torch import Tensor
 from attention_kernels import PagedRows, cut_into_tiles, paged_attention, tile_tokens
 from lora_kernels import BASE_ROW, ActiveSet, LoraBatch, WorkList
 from services.inference.adapters.slot_pool import SlotPool, pages_for
-from services.inference.engine.interfaces import SampledToken, ScheduledRequest
+from services.inference.engine.interfaces import LaunchedStep, SampledToken, ScheduledRequest, StepDone
+from services.inference.engine.request import PENDING, Request
 from services.inference.model.attention import KVCache
 from services.inference.model.decoder import Decoder, ForwardBatch
 from services.inference.model.device_ints import DeviceInts
-from services.inference.model.device_sampler import DeviceSampler
+from services.inference.model.device_sampler import Choices, DeviceSampler
 from services.inference.model.lora import LoraLayer
 from services.inference.model.runner import ActiveSlots
 from services.inference.model.sampler import Sampler
@@ -73,6 +75,21 @@ class PagedAttention:
         return out.flatten(1)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class GpuStep:
+    """A step whose tokens are all chosen on the device. samples: which of its requests have one"""
+
+    samples: Sequence[bool]
+    choices: Choices
+
+    @property
+    def runs_ahead(self) -> bool:
+        return True
+
+    def read(self) -> list[SampledToken | None]:
+        return _per_request(self.samples, self.choices.read())
+
+
 class GpuRunner:
     """Decode is padded to a bucket; a step with any prompt in it has buffers of its own.
 
@@ -92,7 +109,8 @@ class GpuRunner:
         capture: Capture | None,
     ) -> None:
         self._decoder, self._cache, self._pool = decoder, cache, pool
-        self._sampler = DeviceSampler(sampler)
+        self._sampler = DeviceSampler(sampler, cache.keys.device)
+        self._said: tuple[dict[Request, int], Tensor] = {}, torch.empty(0)  # rows of the step before, their tokens
         self._device = cache.keys.device
         self._table_blocks = -(-decoder.config.max_model_len // cache.block_size)
         self._active = ActiveSlots(pool)
@@ -103,13 +121,17 @@ class GpuRunner:
             self._capture(capture)
 
     @torch.inference_mode()
-    def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
-        """Compute one step; an entry per request, None for one that does not sample in it."""
+    def launch(self, step: Sequence[ScheduledRequest]) -> LaunchedStep:
+        """Begin one step. See `Runner`."""
         decodes = all(scheduled.samples and scheduled.num_tokens == 1 for scheduled in step)
         computed = self._decode(step) if decodes and len(step) <= max(self._buckets) else self._prefill(step)
+        samples = [scheduled.samples for scheduled in step]
         requests = [scheduled.request for scheduled in step if scheduled.samples]
-        sampled = iter(self._sampler.sample(computed.logits, computed.greedy, requests) if requests else [])
-        return [next(sampled) if scheduled.samples else None for scheduled in step]
+        choices = self._sampler.choose(computed.logits, computed.greedy, requests)
+        self._said = {request: row for row, request in enumerate(requests)}, choices.tokens
+        if any(map(self._sampler.leaves_to_host, requests)):
+            return StepDone(_per_request(samples, self._sampler.read(computed.logits, choices)))
+        return GpuStep(samples, choices)
 
     def _decode(self, step: Sequence[ScheduledRequest]) -> StepLogits:
         bucket = next(rows for rows in self._buckets if rows >= len(step))
@@ -170,7 +192,7 @@ class GpuRunner:
         here, size = buffers.ints.host, self._cache.block_size
         for name in ("token_ids", "positions", "new_rows"):
             here[name][:] = 0
-        row, slots = 0, list[int]()
+        row, slots, (row_said, said) = 0, list[int](), self._said
         for index, scheduled in enumerate(step):
             request, count = scheduled.request, scheduled.num_tokens
             start = request.num_computed_tokens
@@ -178,13 +200,18 @@ class GpuRunner:
             here["block_tables"][index, : len(blocks)] = blocks
             positions = np.arange(start, start + count)
             rows = slice(row, row + count)
-            here["token_ids"][rows] = request.token_ids[start : start + count]
+            here["token_ids"][rows] = tokens = request.token_ids[start : start + count]
+            if tokens[-1] == PENDING:
+                here["token_ids"][row + count - 1] = ~row_said[request]  # below zero: a row of the step before
             here["positions"][rows] = positions
             here["new_rows"][rows] = here["block_tables"][index, positions // size] * size + positions % size
             slots += [BASE_ROW if scheduled.slot is None else scheduled.slot] * count
             row += count
         here["block_tables"][len(step) :, 0] = 0
         buffers.ints.send()
+        if here["token_ids"].min() < 0:
+            token_ids = buffers.ints.device["token_ids"]
+            token_ids.copy_(torch.where(token_ids < 0, said.index_select(0, (~token_ids).clamp(min=0)), token_ids))
         fits = buffers.work.stage(slots, active.pages_of_slot)
         assert fits, "a work list has room for every step of its rows"
 
@@ -205,6 +232,11 @@ class GpuRunner:
                 else:
                     self._graphs[rows, bool(active.slots)] = graph
         log.info("%d CUDA graphs captured, %d failed", len(self._graphs), self.capture_failures)
+
+
+def _per_request(samples: Sequence[bool], tokens: Sequence[SampledToken]) -> list[SampledToken | None]:
+    sampled = iter(tokens)
+    return [next(sampled) if each else None for each in samples]
 
 
 def _slots(step: Sequence[ScheduledRequest]) -> set[int]:

@@ -37,7 +37,7 @@ def measured_activations(make_runner: Callable[[int], Runner], room: Room, pool:
             ScheduledRequest(_request(index, count, blocks), count, slots[index % len(slots)])
             for index, count in enumerate(counts)
         ]
-        return memory.peak_bytes(lambda: runner.run(step))
+        return memory.peak_bytes(lambda: runner.launch(step).read())
 
 
 def token_counts(room: Room) -> list[int]:
