@@ -2,6 +2,7 @@
 
 - weights: every tensor of the decoder, and its rotary tables
 - slot pool: max_loras × max_lora_rank, in rank pages, per layer and linear by its exact shape
+- staging: where a GPU's adapters are copied to, a layer at a time, on their way to the pool
 - activations: what the widest step holds at once, computed here, measured by a device that can
 - KV cache: the rest of what the device may give; on a CPU what the flags say
 
@@ -15,11 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from services.common.errors import FailedPrecondition
-from services.common.packed import ITEM_SIZES
+from services.common.packed import ITEM_SIZES, largest_run
 from services.common.profile import check_parts, head_dim_of, linear_shapes
 
 PAGE_ROWS = 16
 """Rank rows of a page, as `lora_kernels` has it; a test holds the two together."""
+STAGING_BUFFERS = 2
+"""Layers on their way to a GPU's pool: one is copied to the device while another is scattered to its pages."""
 _FLOAT = ITEM_SIZES["float32"]
 
 
@@ -71,6 +74,7 @@ class MemoryPlan:
     room: Room
     weights: int
     slot_pool: int
+    staging: int
     activations: int
     block_bytes: int
     kv_cache: int
@@ -101,6 +105,7 @@ class MemoryPlan:
         rows = [
             PlanRow("weights", self.weights, room.dtype + self._part),
             PlanRow("slot pool", self.slot_pool, f"{room.max_loras} adapters × {pages} pages of {PAGE_ROWS} ranks"),
+            PlanRow("staging", self.staging, f"{STAGING_BUFFERS} layers of an adapter in float32"),
             PlanRow(
                 "activations",
                 self.activations,
@@ -115,7 +120,8 @@ class MemoryPlan:
             ),
         ]
         if self.device is None:
-            return [*rows, PlanRow("together", self._needs + self.kv_cache, "no device to fill")]
+            together = PlanRow("together", self._needs + self.kv_cache, "no device to fill")
+            return [*(row for row in rows if row.what != "staging"), together]
         device = self.device
         how = f"{device.utilization:.0%} of {mib(device.total_bytes)}"
         if device.budget == device.free_bytes:
@@ -135,7 +141,7 @@ class MemoryPlan:
 
     @property
     def _needs(self) -> int:
-        return self.weights + self.slot_pool + self.activations
+        return self.weights + self.slot_pool + self.staging + self.activations
 
     def _filled(self) -> MemoryPlan:
         assert self.device is not None
@@ -198,6 +204,7 @@ def plan_memory(
         slot_pool=room.max_loras
         * adapter_elements(config, paged(room.max_lora_rank), room.tensor_parallel_size, room.fully_sharded_loras)
         * item,
+        staging=0 if device is None else staging_bytes(config, room.max_lora_rank),
         activations=activation_bytes(config, room) if activations is None else activations,
         block_bytes=kv_elements(config) // room.tensor_parallel_size * item * room.block_size,
         kv_cache=kv_cache_bytes // room.tensor_parallel_size,
@@ -233,6 +240,12 @@ def adapter_elements(config: Mapping[str, Any], rank: int, ranks: int = 1, fully
         numbers += shape.in_features // (ranks if cut_by_input else others)
         numbers += shape.out_features // (others if cut_by_input else ranks)
     return rank * numbers
+
+
+def staging_bytes(config: Mapping[str, Any], rank: int) -> int:
+    """Of the buffers that take layers of adapters up to this rank, whole on every rank of a model that is cut."""
+    layer = (shape for name, shape in linear_shapes(config).items() if name.startswith("model.layers.0."))
+    return STAGING_BUFFERS * largest_run(((shape.in_features, shape.out_features) for shape in layer), rank)
 
 
 def adapter_elements_by_thumb(config: Mapping[str, Any], rank: int) -> int:

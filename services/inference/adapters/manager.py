@@ -191,7 +191,8 @@ class AdapterManager:
     # ---- time
 
     def poll(self) -> None:
-        self._pool.poll()
+        for digest, error in self._pool.poll().items():
+            self._fail(self._tracked[digest], error)
         for fetched in self._fetcher.ended():
             self._take_in(fetched)
         now = self._clock()

@@ -118,6 +118,7 @@ def pool_settings(config: ServerConfig, model: ModelConfig, shard: Shard = WHOLE
         "max_resident": room.num_slots,
         "rank": shard.rank,
         "device": device_of(config),
+        "whole": group_shapes(model),
     }
 
 

@@ -23,6 +23,9 @@ class EmptyAdapter:
     def module(self, _layer: int, _linear: str) -> None:
         return None
 
+    def run(self, _layer: int) -> None:
+        return None
+
 
 def measured_activations(make_runner: Callable[[int], Runner], room: Room, pool: SlotPool, memory: DeviceMemory) -> int:
     """Bytes that the widest step holds at once beyond weights, pool and caches.
