@@ -116,7 +116,10 @@ class GpuRunner:
         buffers, active = self._buckets[bucket], self._active.of(_slots(step))
         self._send(buffers, step, active)
         graph = self._graphs.get((bucket, bool(active.slots)))
-        return self._forward(buffers, active) if graph is None else graph()
+        if graph is None:
+            return self._forward(buffers, active)
+        self._pool.wait(active.slots)
+        return graph()
 
     def _prefill(self, step: Sequence[ScheduledRequest]) -> StepLogits:
         """Any step, in buffers of its own: requests with one row decode as always, the others in tiles."""
@@ -143,7 +146,12 @@ class GpuRunner:
         ints = buffers.ints.device
         attention = PagedAttention(ints["new_rows"].long(), buffers.parts)
         batch = ForwardBatch(ints["token_ids"], ints["positions"], attention, ints["sampled"])
-        logits = self._decoder.forward(batch, self._cache, lambda layer: LoraLayer(self._pool.weights[layer], lora))
+
+        def adapters(layer: int) -> LoraLayer:
+            self._pool.wait(active.slots, layer)
+            return LoraLayer(self._pool.weights[layer], lora)
+
+        logits = self._decoder.forward(batch, self._cache, adapters)
         return StepLogits(logits, torch.stack([logits.argmax(-1), logits.isfinite().all(-1).long()]))
 
     def _decode_buffers(self, rows: int) -> StepBuffers:

@@ -361,6 +361,22 @@ def test_others_run_while_copies_are_under_way(late: Bench, lanes: HeldLanes) ->
     assert late.manager.loads == 2
 
 
+def test_a_prompt_may_follow_its_adapters_copy(late: Bench, lanes: HeldLanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once every layer's copy has begun; and whoever comes after it finds the copy done, in the device's order."""
+    monkeypatch.setattr(copies, "AHEAD_BYTES", 1)
+    late.bring("half")
+    version = late.version("half")
+    assert late.manager.acquire(version, follows=True) is Lack.ADAPTER, "a layer is yet to begin"
+    lanes.work()
+    late.wait(0)
+    assert late.manager.acquire(version) is Lack.ADAPTER
+    assert late.manager.acquire(version, follows=True) == 0
+    late.manager.release(version)
+    late.manager.check_integrity()
+    assert late.step("half") == [0]
+    assert not late.pool.slots()[0].arrived, "nobody waited"
+
+
 def test_a_copy_under_way_keeps_its_slot(late: Bench, lanes: HeldLanes) -> None:
     """Whoever asks first runs first: the others do not take the slot from under its copy."""
     late.bring("half", "rank-1", "rank-16")
