@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import MultiloraError
+from services.common.memory_plan import decode_buckets
 from services.common.profile import linear_shapes
 from services.inference.adapters.packed_adapter import BaseModelShapes
 from services.inference.adapters.slot_pool import SlotPool
@@ -24,7 +25,7 @@ from services.inference.engine.request import Request, SamplingParams, StoppingP
 from services.inference.model.attention import KVCache
 from services.inference.model.config import ModelConfig, load_config
 from services.inference.model.decoder import Decoder
-from services.inference.model.gpu_runner import Capture, Forward, GpuRunner, StepLogits, decode_buckets
+from services.inference.model.gpu_runner import Capture, Forward, GpuRunner, StepLogits
 from services.inference.model.lora import LoraLayer, group_shapes
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler

@@ -29,7 +29,7 @@ from services.inference.model.memory import CPU
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
 from services.inference.model.weights import load_weights
-from services.inference.model.widest_step import measured_activations
+from services.inference.model.widest_step import measured_activations, measured_graphs
 from services.inference.parallel.collectives import ALONE, Collectives, Group
 from services.inference.parallel.messages import SetBlocks
 from services.inference.parallel.shard import WHOLE, Shard
@@ -63,7 +63,8 @@ def build_planned_runner(
     memory: DeviceMemory | None,
     workers: Workers | None,
 ) -> tuple[Runner, MemoryPlan]:
-    """A runner with the KV blocks of the plan; on a device of those that its widest step, measured, leaves.
+    """A runner with the KV blocks of the plan; on a device with those that its widest step and its graphs leave, which
+    are measured.
 
     workers: the other ranks, which are joined here
     Raises FailedPrecondition when too few are left, Internal when a rank cannot be had.
@@ -73,7 +74,8 @@ def build_planned_runner(
     make = _torch_runners(config, model, pool, sampler, workers)
     if memory is not None:
         uncaptured = functools.partial(make, graphs=False)
-        plan = plan.with_activations(measured_activations(uncaptured, plan.room, pool, memory))
+        activations = measured_activations(uncaptured, plan.room, pool, memory)
+        plan = plan.with_measured(activations, measured_graphs(make, uncaptured, memory))
     return make(plan.num_blocks), plan
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attention_kernels import PagedRows, cut_into_tiles, paged_attention, tile_tokens
 from lora_kernels import BASE_ROW, ActiveSet, LoraBatch, WorkList
+from services.common.memory_plan import decode_buckets
 from services.inference.adapters.slot_pool import SlotPool, pages_for
 from services.inference.engine.interfaces import SampledToken, ScheduledRequest
 from services.inference.model.attention import KVCache
@@ -217,11 +218,6 @@ class GpuRunner:
 
 def _slots(step: Sequence[ScheduledRequest]) -> set[int]:
     return {scheduled.slot for scheduled in step if scheduled.slot is not None}
-
-
-def decode_buckets(most: int) -> list[int]:
-    """Rows of decode steps that have buffers of their own: a step is padded by less than a half, later an eighth."""
-    return sorted({rows for rows in (1, 2, 4, *range(8, 64, 8), *range(64, most, 16)) if rows < most} | {most})
 
 
 def cuda_graphs() -> Capture:
