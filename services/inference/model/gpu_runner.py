@@ -27,6 +27,7 @@ from services.inference.model.device_sampler import DeviceSampler
 from services.inference.model.lora import LoraLayer
 from services.inference.model.runner import ActiveSlots
 from services.inference.model.sampler import Sampler
+from services.inference.parallel.collectives import ALONE, Collectives
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,16 @@ class StepLogits(NamedTuple):
 Forward = Callable[[], StepLogits]
 Capture = Callable[[Forward], Forward]
 """Records a forward pass; what it returns replays it, into the same memory each time."""
+
+
+class Share(NamedTuple):
+    """A request's part of a step, as far as a forward pass needs it: `token_ids` from place `start` on."""
+
+    token_ids: list[int]
+    start: int
+    block_ids: list[int]
+    slot: int | None
+    samples: bool
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -80,6 +91,8 @@ class GpuRunner:
     max_num_seqs: most requests of a decode step
     capture: None runs decode eagerly too
     capture_failures: graphs that could not be had; those steps run eagerly
+    ranks: those that share the model; `decoder`, `cache` and `pool` are this one's part of it. Their collectives are in
+        its graphs
     """
 
     def __init__(
@@ -91,7 +104,9 @@ class GpuRunner:
         *,
         max_num_seqs: int,
         capture: Capture | None,
+        ranks: Collectives = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._decoder, self._cache, self._pool = decoder, cache, pool
         self._sampler = DeviceSampler(sampler)
         self._device = cache.keys.device
@@ -106,13 +121,18 @@ class GpuRunner:
     @torch.inference_mode()
     def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
         """Compute one step; an entry per request, None for one that does not sample in it."""
-        decodes = all(scheduled.samples and scheduled.num_tokens == 1 for scheduled in step)
-        computed = self._decode(step) if decodes and len(step) <= max(self._buckets) else self._prefill(step)
+        computed = self.forward([_share(scheduled) for scheduled in step])
         requests = [scheduled.request for scheduled in step if scheduled.samples]
         sampled = iter(self._sampler.sample(computed.logits, computed.greedy, requests) if requests else [])
         return [next(sampled) if scheduled.samples else None for scheduled in step]
 
-    def _decode(self, step: Sequence[ScheduledRequest]) -> StepLogits:
+    @torch.inference_mode()
+    def forward(self, step: Sequence[Share]) -> StepLogits:
+        """Of several ranks all must be here, with the same step; rank 0 has the logits, the others a part of them."""
+        decodes = all(share.samples and len(share.token_ids) == 1 for share in step)
+        return self._decode(step) if decodes and len(step) <= max(self._buckets) else self._prefill(step)
+
+    def _decode(self, step: Sequence[Share]) -> StepLogits:
         bucket = next(rows for rows in self._buckets if rows >= len(step))
         buffers, active = self._buckets[bucket], self._active.of(_slots(step))
         self._send(buffers, step, active)
@@ -122,16 +142,16 @@ class GpuRunner:
         self._pool.wait(active.slots)
         return graph()
 
-    def _prefill(self, step: Sequence[ScheduledRequest]) -> StepLogits:
+    def _prefill(self, step: Sequence[Share]) -> StepLogits:
         """Any step, in buffers of its own: requests with one row decode as always, the others in tiles."""
-        ends = np.cumsum([scheduled.num_tokens for scheduled in step]).tolist()
-        spans = [(index, end - step[index].num_tokens, end) for index, end in enumerate(ends)]
+        ends = np.cumsum([len(share.token_ids) for share in step]).tolist()
+        spans = [(index, end - len(step[index].token_ids), end) for index, end in enumerate(ends)]
         tokens = tile_tokens(self._decoder.config.num_heads, self._decoder.config.num_kv_heads)
         tiles = {
             tokens: cut_into_tiles([span for span in spans if span[2] - span[1] > 1], tokens),
             1: cut_into_tiles([span for span in spans if span[2] - span[1] == 1], 1),
         }
-        sampled = [end - 1 for end, scheduled in zip(ends, step, strict=True) if scheduled.samples]
+        sampled = [end - 1 for end, share in zip(ends, step, strict=True) if share.samples]
         buffers = self._buffers(ends[-1], len(step), tiles, sampled)
         active = self._active.of(_slots(step))
         self._send(buffers, step, active)
@@ -143,14 +163,16 @@ class GpuRunner:
             from lora_kernels.triton_work_list import build_work_list
 
             build_work_list(work)
-        lora = LoraBatch(work.packed[: work.rows], active, work)
+        shard = self._ranks.shard
+        sum_shrunk = self._ranks.sum if shard.fully_sharded else None
+        lora = LoraBatch(work.packed[: work.rows], active, work, sum_shrunk)
         ints = buffers.ints.device
         attention = PagedAttention(ints["new_rows"].long(), buffers.parts)
         batch = ForwardBatch(ints["token_ids"], ints["positions"], attention, ints["sampled"])
 
         def adapters(layer: int) -> LoraLayer:
             self._pool.wait(active.slots, layer)
-            return LoraLayer(self._pool.weights[layer], lora)
+            return LoraLayer(self._pool.weights[layer], lora, shard.rank)
 
         logits = self._decoder.forward(batch, self._cache, adapters)
         return StepLogits(logits, torch.stack([logits.argmax(-1), logits.isfinite().all(-1).long()]))
@@ -174,23 +196,21 @@ class GpuRunner:
         work = WorkList.allocate(rows, self._pool.num_slots, pages, self._device)
         return StepBuffers(ints, work, parts)
 
-    def _send(self, buffers: StepBuffers, step: Sequence[ScheduledRequest], active: ActiveSet) -> None:
+    def _send(self, buffers: StepBuffers, step: Sequence[Share], active: ActiveSet) -> None:
         """Fill the buffers with a step, padding behind it, and send it up: one copy, and one for adapters."""
         here, size = buffers.ints.host, self._cache.block_size
         for name in ("token_ids", "positions", "new_rows"):
             here[name][:] = 0
         row, slots = 0, list[int]()
-        for index, scheduled in enumerate(step):
-            request, count = scheduled.request, scheduled.num_tokens
-            start = request.num_computed_tokens
-            blocks = request.block_ids
+        for index, (token_ids, start, blocks, slot, _) in enumerate(step):
+            count = len(token_ids)
             here["block_tables"][index, : len(blocks)] = blocks
             positions = np.arange(start, start + count)
             rows = slice(row, row + count)
-            here["token_ids"][rows] = request.token_ids[start : start + count]
+            here["token_ids"][rows] = token_ids
             here["positions"][rows] = positions
             here["new_rows"][rows] = here["block_tables"][index, positions // size] * size + positions % size
-            slots += [BASE_ROW if scheduled.slot is None else scheduled.slot] * count
+            slots += [BASE_ROW if slot is None else slot] * count
             row += count
         here["block_tables"][len(step) :, 0] = 0
         buffers.ints.send()
@@ -216,8 +236,14 @@ class GpuRunner:
         log.info("%d CUDA graphs captured, %d failed", len(self._graphs), self.capture_failures)
 
 
-def _slots(step: Sequence[ScheduledRequest]) -> set[int]:
-    return {scheduled.slot for scheduled in step if scheduled.slot is not None}
+def _share(scheduled: ScheduledRequest) -> Share:
+    request, start = scheduled.request, scheduled.request.num_computed_tokens
+    token_ids = request.token_ids[start : start + scheduled.num_tokens]
+    return Share(token_ids, start, request.block_ids, scheduled.slot, scheduled.samples)
+
+
+def _slots(step: Sequence[Share]) -> set[int]:
+    return {share.slot for share in step if share.slot is not None}
 
 
 def cuda_graphs() -> Capture:
@@ -232,7 +258,8 @@ def cuda_graphs() -> Capture:
             forward()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # NCCL's watchdog, another thread, may ask the device something meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             computed = forward()
 
         def replay() -> StepLogits:
