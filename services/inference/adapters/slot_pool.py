@@ -125,6 +125,12 @@ class SlotPool:
             linears = [(shape.in_features, out) for shape in (whole or shapes).values() for out in shape.out_features]
             self._copies = StagedCopies(self._values, largest_run(linears, max_lora_rank), lanes)
         self.weights = [{group: self._weights(group, layer) for group in shapes} for layer in range(num_layers)]
+        self._rows = {  # made once: a view takes longer than the rest of what a copy is told
+            (layer, linear): (groups[group].a[index], groups[group].b[index])
+            for layer, groups in enumerate(self.weights)
+            for linear, (group, index) in PLACES.items()
+            if group in groups
+        }
         self._free_pages = {linear: list(range(self._num_pages)) for group in shapes for linear in LINEAR_GROUPS[group]}
         self._free_slots = list(range(self.num_slots))
         self._slots: dict[str, Slot] = {}
@@ -244,7 +250,7 @@ class SlotPool:
         pages: dict[torch.dtype, list[PageCopy]] = {}
         for linear, own in slot.pages.items():
             module = adapter.module(layer, linear)
-            a, b = self._rows(linear, layer)
+            a, b = self._rows[layer, linear]
             copies = pages.setdefault(self.dtype if module is None else module.a.dtype, [])
             for into, rows in ((a, None if module is None else module.a), (b, None if module is None else module.b)):
                 copies += scatter_copies(self._values, into, own, self._staged(adapter.run(layer), rows, into.shape[1]))
@@ -257,10 +263,6 @@ class SlotPool:
         offset = (rows.data_ptr() - run.data_ptr()) // rows.itemsize
         rank, stride = rows.shape
         return StagedRows(offset, rank, stride, first_column=0 if stride == width else self._rank * width)
-
-    def _rows(self, linear: str, layer: int) -> tuple[Tensor, Tensor]:
-        group, index = PLACES[linear]
-        return self._a[group][layer, index], self._b[group][index][layer]
 
     def _copy(self, slot: Slot, adapter: AdapterWeights) -> None:
         for linear, pages in slot.pages.items():
