@@ -185,21 +185,19 @@ def test_a_capture_that_fails_runs_eagerly_and_is_said_once(model: Model, caplog
 
 
 def test_eager_steps_follow_a_copy_layer_by_layer_and_graphs_wait_for_its_end(
-    tiny_model: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+    model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is launched between two waits is a layer's; the base's steps wait for nobody."""
     config, lanes, order = model.config, HeldLanes(), list[str]()
     pool = SlotPool(group_shapes(config), config.num_layers, 3, 32, config.dtype, lanes=lanes)
-    made = replace(model, pool=pool, decoder=Decoder(config, load_weights(tiny_model, config)))
 
     def replayed(forward: Forward) -> Forward:
         return lambda: (order.append("graph"), forward())[1]
 
-    runner = made.gpu_runner(replayed)
+    requests = Requests(replace(model, pool=pool).gpu_runner(replayed))
     lanes.waits = order
     pool.load(EmptyAdapter("empty", 8))
     monkeypatch.setattr(LoraLayer, "add", lambda _self, group, y, _x: (order.append(group), y)[1])
-    requests = Requests(runner)
     requests.step([(0, 40), (4, 40)])
     groups = ["qkv", "o", "gate_up", "down"]
     assert order == groups * config.num_layers
