@@ -52,7 +52,7 @@ class DictSlots:
     def tier(self, adapter: AdapterVersion) -> str:
         return "GPU" if adapter.digest in self._slots else "CPU"
 
-    def acquire(self, adapter: AdapterVersion) -> int | Lack:
+    def acquire(self, adapter: AdapterVersion, **_: bool) -> int | Lack:
         if adapter.digest not in self._slots:
             idle = next((digest for digest in self._slots if digest not in self._held), None)
             if not self._free and idle is None:

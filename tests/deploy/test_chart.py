@@ -54,6 +54,7 @@ def test_the_schema_knows_no_flag_that_the_services_do_not() -> None:
         (["--set", "inference.warmAdapters={a\\,b}"], "warmAdapters"),
         (["--set", "store.replicas=2"], "give store.s3.bucket and store.redis.secret"),
         (["--set", "inference.device=cuda"], "cuda needs gpus"),
+        (["--set", "inference.device=cuda", "--set", "inference.gpus=2"], "tensor-parallel-size, one GPU a rank, 1"),
         (["--set", "security.clientCaSecret=ca"], "give security.storeCertSecret"),
     ],
 )
@@ -61,6 +62,14 @@ def test_wrong_values_are_refused(flags: list[str], says: str, helm: Helm) -> No
     ended = helm(*flags)
     assert ended.returncode != 0
     assert says.replace(".", "/") in ended.stderr or says in ended.stderr, ended.stderr
+
+
+def test_a_replica_on_two_gpus(helm: Helm) -> None:
+    flags = ("device=cuda", "gpus=2", "flags.tensor-parallel-size=2")
+    ended = helm(*(part for flag in flags for part in ("--set", f"inference.{flag}")))
+    assert ended.returncode == 0, ended.stderr
+    for line in ("nvidia.com/gpu: 2", "- --tensor-parallel-size=2", "mountPath: /dev/shm"):
+        assert line in ended.stdout
 
 
 @pytest.mark.parametrize("values", ALL_VALUES)

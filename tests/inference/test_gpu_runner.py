@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import MultiloraError
+from services.common.memory_plan import decode_buckets
 from services.common.profile import linear_shapes
 from services.inference.adapters.packed_adapter import BaseModelShapes
 from services.inference.adapters.slot_pool import SlotPool
@@ -29,11 +30,13 @@ from services.inference.engine.scheduler import Scheduler
 from services.inference.model.attention import KVCache
 from services.inference.model.config import ModelConfig, load_config
 from services.inference.model.decoder import Decoder
-from services.inference.model.gpu_runner import Capture, Forward, GpuRunner, StepLogits, decode_buckets
-from services.inference.model.lora import group_shapes
+from services.inference.model.gpu_runner import Capture, Forward, GpuRunner, StepLogits
+from services.inference.model.lora import LoraLayer, group_shapes
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
 from services.inference.model.weights import load_weights
+from services.inference.model.widest_step import EmptyAdapter
+from tests.inference.adapters.lanes import HeldLanes
 from tests.inference.adapters.packs import make_pack
 from tests.inference.engine.simulation import MemoryAdapters, adapter_version
 
@@ -186,6 +189,32 @@ def test_a_capture_that_fails_runs_eagerly_and_is_said_once(model: Model, caplog
     everyone = [(index, 40) for index in range(MOST)]
     for _ in range(3):
         assert said(ours.step(everyone)) == said(theirs.step(everyone))
+
+
+def test_eager_steps_follow_a_copy_layer_by_layer_and_graphs_wait_for_its_end(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is launched between two waits is a layer's; the base's steps wait for nobody."""
+    config, lanes, order = model.config, HeldLanes(), list[str]()
+    pool = SlotPool(group_shapes(config), config.num_layers, 3, 32, config.dtype, lanes=lanes)
+
+    def replayed(forward: Forward) -> Forward:
+        return lambda: (order.append("graph"), forward())[1]
+
+    requests = Requests(replace(model, pool=pool).gpu_runner(replayed))
+    lanes.waits = order
+    pool.load(EmptyAdapter("empty", 8))
+    monkeypatch.setattr(LoraLayer, "add", lambda _self, group, y, _x: (order.append(group), y)[1])
+    requests.step([(0, 40), (4, 40)])
+    groups = ["qkv", "o", "gate_up", "down"]
+    assert order == groups * config.num_layers
+    order.clear()
+    requests.step([(1, 40)])
+    arrivals = [f"scatter {layer + 1}" for layer in range(config.num_layers)]
+    assert order == [each for arrival in arrivals for each in (arrival, *groups)]
+    order.clear()
+    requests.step([(1, 40), (0, 40)])
+    assert order[:2] == [arrivals[-1], "graph"]
 
 
 @pytest.fixture

@@ -90,8 +90,12 @@ class Slots(Protocol):
     def tier(self, adapter: AdapterVersion) -> str:
         """STORE, DISK, CPU or GPU."""
 
-    def acquire(self, adapter: AdapterVersion) -> int | Lack:
-        """The slot of a ready adapter, loaded and held; or why there is none now."""
+    def acquire(self, adapter: AdapterVersion, *, follows: bool = False) -> int | Lack:
+        """The slot of a ready adapter, loaded and held; or why there is none now.
+
+        follows: whether the step has a prompt of the adapter's to compute, and so may go from layer to layer behind its
+            copy. Whoever comes later finds the copy done.
+        """
 
     def release(self, adapter: AdapterVersion) -> None: ...
 

@@ -135,7 +135,7 @@ class MemoryAdapters:
     def failure(self, adapter: AdapterVersion) -> Exception | None:
         return self._failures.get(adapter.digest)
 
-    def acquire(self, adapter: AdapterVersion) -> int | Lack:
+    def acquire(self, adapter: AdapterVersion, **_: bool) -> int | Lack:
         digest = adapter.digest
         assert digest in self.in_memory and self.claims[digest], "acquired without a claim, or before it was ready"
         if digest not in self.slots:
