@@ -55,12 +55,22 @@ def test_the_schema_knows_no_flag_that_the_services_do_not() -> None:
         (["--set", "store.replicas=2"], "give store.s3.bucket and store.redis.secret"),
         (["--set", "inference.device=cuda"], "cuda needs gpus"),
         (["--set", "security.clientCaSecret=ca"], "give security.storeCertSecret"),
+        (["--set", "security.auditLog=/var/audit"], "security.auditLog"),
     ],
 )
 def test_wrong_values_are_refused(flags: list[str], says: str, helm: Helm) -> None:
     ended = helm(*flags)
     assert ended.returncode != 0
     assert says.replace(".", "/") in ended.stderr or says in ended.stderr, ended.stderr
+
+
+def test_a_file_of_changes_is_where_a_volume_keeps_it(rendered: Render, helm: Helm) -> None:
+    file = ("--set", "security.auditLog=/data/audit.jsonl")
+    documents = rendered(*file)
+    assert "--audit-log=/data/audit.jsonl" in container(documents, "store")["args"]
+    assert "/data" in [mount["mountPath"] for mount in container(documents, "store")["volumeMounts"]]
+    assert "--audit-log=-" in container(documents, "inference")["args"]
+    assert "no volume that keeps it" in helm(*file, values="many-gpus").stderr
 
 
 @pytest.mark.parametrize("values", ALL_VALUES)

@@ -76,9 +76,6 @@ securityContext:
 {{- if .tokensSecret }}
 - --tokens=/secrets/tokens/tokens
 {{- end }}
-{{- if .auditLog }}
-- --audit-log={{ .auditLog }}
-{{- end }}
 {{- end }}
 {{- end }}
 
