@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from pathlib import Path
 
 import grpc
@@ -87,7 +86,7 @@ def test_rates_hold_at_both_services(world: World) -> None:
     assert [error.reason for error in errors][-1] == "TENANT_REQUEST_RATE_LIMIT"
     assert errors[-1].retry_after is not None
     assert 1 < errors[-1].retry_after <= 100
-    with httpx.Client(verify=ssl.create_default_context(cafile=str(world.authority.ca))) as http:
+    with httpx.Client(verify=world.tls) as http:
         headers = {"Authorization": f"Bearer {slow.token}"}
         answers = [http.get(f"{world.https}/v1/models", headers=headers) for _ in range(2)]
     assert answers[-1].status_code == 429

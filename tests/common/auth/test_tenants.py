@@ -3,7 +3,6 @@
 # ruff: noqa: ARG001 -- `adapters` need only be there
 from __future__ import annotations
 
-import ssl
 from typing import Any
 
 import httpx
@@ -100,7 +99,7 @@ def test_over_http_too(world: World, adapters: Adapters, path: str) -> None:
         "/v1/unload_lora_adapter": {},
     }
     answers = []
-    with httpx.Client(verify=ssl.create_default_context(cafile=str(world.authority.ca))) as http:
+    with httpx.Client(verify=world.tls) as http:
         for adapter in (HIDDEN, MISSING):
             named = {"lora_name": adapter} if "lora" in path else {"model": adapter}
             headers = {"Authorization": f"Bearer {world.tokens['beta-admin']}"}
@@ -147,7 +146,7 @@ def test_what_is_resident_is_shown_by_tenant(world: World, adapters: Adapters) -
     names = {resident.identity.adapter for resident in listed.adapters}
     assert "beta/pirate" in names
     assert not any(name.startswith("acme/") for name in names)
-    with httpx.Client(verify=ssl.create_default_context(cafile=str(world.authority.ca))) as http:
+    with httpx.Client(verify=world.tls) as http:
         headers = {"Authorization": f"Bearer {beta.token}"}
         models = http.get(f"{world.https}/v1/models", headers=headers).json()["data"]
     assert "beta/pirate" in {model["id"] for model in models}
