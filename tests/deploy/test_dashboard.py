@@ -9,6 +9,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -16,10 +17,11 @@ from urllib.parse import quote
 import pytest
 import yaml
 
+from services.cli.usage import IN_WINDOW
 from tests.assets.random_adapter import make_random_adapter
 from tests.cli.conftest import run_cli
 from tests.clients import generate, request
-from tests.conftest import TINY_BASE, inference_config, run_inference, run_store
+from tests.conftest import TINY_BASE, InferenceServer, inference_config, run_inference, run_store
 from tests.deploy.conftest import CHART, alerts_file, needs
 from tests.inference.http.pair import ADAPTER, eventually
 
@@ -39,6 +41,10 @@ def alert_queries() -> list[str]:
 
 
 class Prometheus:
+    """replica: an inference service that it scrapes."""
+
+    replica: InferenceServer
+
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
 
@@ -97,6 +103,7 @@ def prometheus(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
                     return len(prometheus.ask(scraped)) == 2
 
                 eventually(answered_and_scraped)
+                prometheus.replica = server
                 yield prometheus
 
 
@@ -117,6 +124,36 @@ def test_alerts_ask_for_what_is_exported_and_none_fires(prometheus: Prometheus) 
             assert prometheus.ask(metric) or prometheus.ask(f"{metric}_bucket"), metric
 
 
+@needs("promtool")
+def test_the_working_set_has_what_was_asked_for_once(tmp_path: Path) -> None:
+    """A series that begins is an adapter's first request, but where the replica itself was not seen before."""
+
+    def series(adapter: str, values: str, instance: str = "a") -> dict[str, str]:
+        labels = f'instance="{instance}",adapter="{adapter}",tenant="{"" if adapter == "base" else "t"}",tier="GPU"'
+        return {"series": f"multilora:requests_total{{{labels}}}", "values": values}
+
+    once, later = "_x12 1x18", "_x25 1x5"
+    seen = [
+        {"series": 'multilora:steps_total{instance="a"}', "values": "0+9x30"},
+        {"series": 'multilora:steps_total{instance="late"}', "values": "_x14 0+9x16"},
+        *(series("busy", "1+2x30"), series("idle", "5x30"), series("once", once), series("later", later)),
+        *(series("base", "0+9x30"), series("known for long", "_x14 9x16", "late")),
+    ]
+    expected = {10: {"a": 1}, 15: {"a": 2}, 20: {"a": 1}, 28: {"a": 2}}
+    asked = [
+        {
+            "expr": IN_WINDOW,
+            "eval_time": f"{minute}m",
+            "exp_samples": [{"labels": f'{{instance="{name}"}}', "value": value} for name, value in values.items()],
+        }
+        for minute, values in expected.items()
+    ]
+    file = tmp_path / "usage.test.yaml"
+    file.write_text(yaml.safe_dump({"tests": [{"interval": "1m", "input_series": seen, "promql_expr_test": asked}]}))
+    ended = subprocess.run(["promtool", "test", "rules", file], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
 @needs("prometheus")
 def test_plan_counts_what_prometheus_saw(prometheus: Prometheus) -> None:
     eventually(lambda: bool(prometheus.ask('increase(multilora:requests_total{adapter="pirate"}[5m]) > 0')))
@@ -125,3 +162,19 @@ def test_plan_counts_what_prometheus_saw(prometheus: Prometheus) -> None:
     wanted = json.loads(ended.stdout)
     assert wanted["window"] == 1
     assert wanted["max_cpu_loras"] >= wanted["max_loras"] >= 2
+
+
+@needs("prometheus")
+def test_plan_counts_what_a_replica_says_of_itself(prometheus: Prometheus, tmp_path: Path) -> None:
+    """Read as requests go on, which they do until the command has ended."""
+    page, plot = f"{prometheus.replica.http}/metrics", tmp_path / "plan.png"
+    with ThreadPoolExecutor(1) as threads:
+        command = ("plan", "--from-metrics", page, "--hours", "0.0015", "--json", "--plot", str(plot))
+        planned = threads.submit(run_cli, *command)
+        while not planned.done():
+            generate(prometheus.replica.address, request([5, 6, 7], adapter=ADAPTER, max_tokens=4))
+    ended = planned.result()
+    assert ended.returncode == 0, ended.stderr
+    wanted = json.loads(ended.stdout)
+    assert (wanted["window"], wanted["max_loras"] - wanted["peak"]) == (1, 2)
+    assert plot.read_bytes().startswith(b"\x89PNG")
