@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from services.adapter_store.__main__ import parse_arguments
 from services.inference.__main__ import _parser
@@ -31,13 +33,45 @@ def test_the_services_take_the_flags_they_are_started_with(
     assert _parser().parse_args(inference["args"]).adapter_store == "multilora-store:50052"
 
 
-def test_the_schema_knows_no_flag_that_the_services_do_not() -> None:
+NOT_IN_THE_CHART = {
+    "--help",
+    "--insecure",  # by its variable
+    "--admin-port",  # and where the store's is: 10 above
+    "--adapter-store-admin",
+    "--adapter-root",  # no directory of a pod is anybody's to stage files in
+    "--engine-process",  # for debugging
+    "--index",  # by the variable in its secret
+}
+
+
+def test_every_flag_of_the_services_is_a_value(rendered: Render, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    offered = {"store": flags_of(capsys.readouterr().out), "inference": flags_of(_parser().format_help())}
     schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
-    flags = schema["inference"]["properties"]["flags"]["properties"]
-    offered = {option for action in _parser()._actions for option in action.option_strings}
-    assert {f"--{flag}" for flag in flags} <= offered
-    for flag in schema["store"]["properties"]["flags"]["properties"]:
-        parse_arguments([f"--{flag}", "auto" if flag == "s3-addressing" else "1", "--index", "redis://x/0"])
+    everything = (
+        "security.clientCaSecret=ca,security.storeCertSecret=own,security.auditLog=-,store.s3.endpoint=http://x"
+    )
+    documents = rendered("--set", everything, values="many-gpus")
+    for part, flags in offered.items():
+        values = {f"--{flag}" for flag in schema[part]["properties"]["flags"]["properties"]}
+        assert flags == values | flags_of(" ".join(container(documents, part)["args"])) | NOT_IN_THE_CHART & flags
+
+
+def flags_of(text: str) -> set[str]:
+    """But `--no-flag`, which goes with `--flag`."""
+    return set(re.findall(r"(?<![\w-])--(?!no-)[a-z][-a-z0-9]+", text))
+
+
+def test_switches_and_lists_are_flags_as_well(rendered: Render, tmp_path: Path) -> None:
+    flags = {"enable-prefix-caching": False, "fully-sharded-loras": True, "share-weight": ["acme=2", "beta=0.5"]}
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump({"inference": {"flags": flags}, "store": {"flags": {"uri-root": ["s3://b/p"]}}}))
+    documents = rendered("--values", str(values))
+    taken = _parser().parse_args(container(documents, "inference")["args"])
+    assert (taken.enable_prefix_caching, taken.fully_sharded_loras) == (False, True)
+    assert taken.weights == [("acme", 2.0), ("beta", 0.5)]
+    assert "--uri-root=s3://b/p" in container(documents, "store")["args"]
 
 
 @pytest.mark.parametrize(

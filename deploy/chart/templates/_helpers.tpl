@@ -57,10 +57,16 @@ securityContext:
   capabilities: { drop: [ALL] }
 {{- end }}
 
-{{/* `--flag=value` of a map of flags. */}}
+{{/* `--flag=value` of a map of flags: once for each of a list; `--flag` or `--no-flag` of true and false. */}}
 {{- define "multilora.flags" -}}
 {{- range $flag, $value := . }}
-- --{{ $flag }}={{ if kindIs "float64" $value }}{{ if eq (floor $value) $value }}{{ $value | int64 }}{{ else }}{{ $value }}{{ end }}{{ else }}{{ $value }}{{ end }}
+{{- if kindIs "bool" $value }}
+- --{{ $value | ternary "" "no-" }}{{ $flag }}
+{{- else }}
+{{- range kindIs "slice" $value | ternary $value (list $value) }}
+- --{{ $flag }}={{ if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ . }}{{ end }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}
 
