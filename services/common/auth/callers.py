@@ -49,9 +49,9 @@ class Caller:
     def sees(self, tenant: str) -> bool:
         return self.every_tenant or tenant in (self.tenant, SHARED_TENANT)
 
-    def salted(self, salt: str) -> str:
-        """A cache salt that no other tenant's requests have; the same one where nobody is asked who they are."""
-        return f"{len(self.tenant)}:{self.tenant}{salt}" if self.name else salt
+    def salted(self, text: str) -> str:
+        """A cache salt, or a request's id, that no other tenant has; the same where nobody is asked who they are."""
+        return f"{len(self.tenant)}:{self.tenant}{text}" if self.name else text
 
 
 NOBODY = Caller("", Role.ADMIN, EVERY_TENANT)

@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 from multilora.inference.v1 import inference_pb2_grpc
+from services.common.auth.callers import Caller
 from services.common.auth.limits import Budget, Limits
+from services.common.auth.permissions import Role
 from services.common.errors import MultiloraError, ResourceExhausted
 from tests.assets.random_adapter import make_random_adapter
 from tests.common.auth.conftest import Adapters, World, ask
@@ -101,7 +103,7 @@ def test_a_stream_counts_until_it_ends(world: World) -> None:
         message = ask()
         message.request_id = "first"
         first = stub.Generate(message, metadata=busy.metadata, timeout=60)
-        world.inference.wait_in_flight("first")
+        world.inference.wait_in_flight(Caller("busy-reader", Role.READER, "busy").salted("first"))
         with pytest.raises(ResourceExhausted) as raised:
             busy.generate(ask())
         assert raised.value.reason == "TENANT_CONCURRENCY_LIMIT"
