@@ -14,6 +14,7 @@ from services.common.auth.audit import Audit
 from services.common.auth.callers import NOBODY
 from services.common.auth.credentials import Credentials
 from services.common.auth.permissions import RULES
+from services.common.auth.tokens import TOKEN_PREFIX
 from services.common.errors import MultiloraError
 from services.inference.http.body import MAX_BODY_BYTES
 from tests.common.auth.conftest import Adapters, World, ask
@@ -138,6 +139,8 @@ def test_secrets_are_logged_nowhere(world: World, adapters: Adapters) -> None:
     )
     assert "listening" not in told
     assert "a call from 127.0.0.1 came with" in told or "TOO_MANY" in told
-    for secret in (*world.tokens.values(), wrong.token):
+    for secret in (*world.tokens.values(), wrong.token, TOKEN_PREFIX, "PRIVATE KEY"):
         assert secret not in told
+    for key in world.authority.ca.parent.glob("*.key"):
+        assert not any(line in told for line in key.read_text().splitlines()[1:-1]), key
     assert "secret" not in repr(Credentials(token="secret"))
