@@ -89,6 +89,7 @@ def test_switches_and_lists_are_flags_as_well(rendered: Render, tmp_path: Path) 
         (["--set", "store.replicas=2"], "give store.s3.bucket and store.redis.secret"),
         (["--set", "inference.device=cuda"], "cuda needs gpus"),
         (["--set", "security.clientCaSecret=ca"], "give security.storeCertSecret"),
+        (["--set", "inference.autoscaling.min=9"], "autoscaling.min is above"),
         (["--set", "security.auditLog=/var/audit"], "security.auditLog"),
     ],
 )
