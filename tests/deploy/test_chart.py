@@ -18,6 +18,7 @@ from tests.deploy.conftest import CHART, Documents, container
 Helm = Callable[..., subprocess.CompletedProcess[str]]
 Render = Callable[..., Documents]
 
+TLS = "security.tlsSecret=tls,security.storeCaSecret=store"
 ALL_VALUES = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
 
 
@@ -88,7 +89,11 @@ def test_switches_and_lists_are_flags_as_well(rendered: Render, tmp_path: Path) 
         (["--set", "inference.warmAdapters={a\\,b}"], "warmAdapters"),
         (["--set", "store.replicas=2"], "give store.s3.bucket and store.redis.secret"),
         (["--set", "inference.device=cuda"], "cuda needs gpus"),
-        (["--set", "security.clientCaSecret=ca"], "give security.storeCertSecret"),
+        (["--set", "security.insecure=false"], "anybody could call"),
+        (["--set", "security.clientCaSecret=ca"], "give security.tlsSecret"),
+        (["--set", f"{TLS},security.clientCaSecret=ca"], "give security.storeCertSecret"),
+        (["--set", "security.tlsSecret=tls"], "give security.storeCaSecret"),
+        (["--set", "security.tokensSecret=tokens"], "give security.storeTokenSecret"),
         (["--set", "inference.autoscaling.min=9"], "autoscaling.min is above"),
         (["--set", "security.auditLog=/var/audit"], "security.auditLog"),
     ],
@@ -147,7 +152,7 @@ def test_secrets_are_named_and_never_values(rendered: Render) -> None:
     assert not [kind for kind, _ in documents if kind == "Secret"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--set", "security.clientCaSecret=ca,security.storeCertSecret=own")])
+@pytest.mark.parametrize("flags", [(), ("--set", f"{TLS},security.clientCaSecret=ca,security.storeCertSecret=own")])
 @pytest.mark.parametrize("values", ALL_VALUES)
 def test_readiness_is_the_health_the_services_serve(values: str, flags: tuple[str, ...], rendered: Render) -> None:
     documents = rendered(*flags, values=values)

@@ -70,6 +70,25 @@ securityContext:
 {{- end }}
 {{- end }}
 
+{{/* What would end pods, or keep replicas from the store. */}}
+{{- define "multilora.checkSecurity" -}}
+{{- if not (or .insecure .tokensSecret .clientCaSecret) }}
+{{- fail "anybody could call: give security.tokensSecret or security.clientCaSecret, or say security.insecure" }}
+{{- end }}
+{{- if and .clientCaSecret (not .tlsSecret) }}
+{{- fail "security.clientCaSecret needs TLS: give security.tlsSecret" }}
+{{- end }}
+{{- if and .clientCaSecret (not .storeCertSecret) }}
+{{- fail "security.clientCaSecret asks every client for a certificate: give security.storeCertSecret, which replicas show the store" }}
+{{- end }}
+{{- if and .tlsSecret (not .storeCaSecret) }}
+{{- fail "security.tlsSecret is of the store too: give security.storeCaSecret, by which replicas know it" }}
+{{- end }}
+{{- if and .tokensSecret (not (or .storeTokenSecret .storeCertSecret)) }}
+{{- fail "security.tokensSecret asks replicas as well: give security.storeTokenSecret, which they show the store" }}
+{{- end }}
+{{- end }}
+
 {{- define "multilora.securityFlags" -}}
 {{- with .Values.security }}
 {{- if .tlsSecret }}
