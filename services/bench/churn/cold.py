@@ -16,6 +16,8 @@ from services.bench.load.targets import Target, connect
 from services.bench.results import Result, quantile, spread
 
 RESIDENT, COLD = 8, 12
+BLOCKS = 3
+"""Of each kind in a round, in turn: eight streams share a step, so a p99 is of few steps, and one disturbance tells."""
 ITL_P99 = 1.1
 
 
@@ -36,15 +38,16 @@ async def cold(ground: Ground) -> Result:
         async with connect(Backend.GRPC, replica.grpc) as target:
             asked += [await ask(target, _short(each)) for each in (*colds, *busy)]
             for number in range(sizes.rounds + 1):
-                for kind in gaps:
-                    others, probes = await _block(
-                        ground, target, busy, itertools.repeat(busy[0]) if kind == "warm" else cold_turn, number
-                    )
+                found: dict[str, list[float]] = {kind: [] for kind in gaps}
+                for block, kind in itertools.product(range(BLOCKS), gaps):
+                    probed = itertools.repeat(busy[0]) if kind == "warm" else cold_turn
+                    others, probes = await _block(ground, target, busy, probed, BLOCKS * number + block)
                     asked += [*others, *probes]
-                    if number:
-                        gaps[kind].append(_gaps_during(others, probes))
+                    found[kind] += _gaps_during(others, probes)
                     if number and kind == "cold":
                         tiers.update(answer.tier for answer in probes)
+                for kind in gaps if number else ():
+                    gaps[kind].append(found[kind])
     p99 = {kind: [quantile(found, 0.99) for found in rounds] for kind, rounds in gaps.items()}
     ratios = [cold / warm for cold, warm in zip(p99["cold"], p99["warm"], strict=True)]
     figures = [
@@ -62,21 +65,22 @@ async def cold(ground: Ground) -> Result:
         "gaps": {kind: sum(map(len, rounds)) for kind, rounds in gaps.items()},
         "cold_tiers": dict(tiers),
     }
-    setup = ground.setup(resident=RESIDENT, cold=COLD, seconds=sizes.seconds)
+    setup = ground.setup(resident=RESIDENT, cold=COLD, seconds=BLOCKS * sizes.seconds / 2)
     return Result("churn_cold", setup, metrics, figures)
 
 
 async def _block(
     ground: Ground, target: Target, busy: Sequence[str], probed: Iterator[str], number: int
 ) -> tuple[list[Answer], list[Answer]]:
-    """The others' answers, and those of probes that follow one another, each for the next of `probed`."""
+    """The others' answers, and those of probes that follow one another, each for the next of `probed`: half as long as
+    a timed block is elsewhere."""
     load = ground.sizes.load(number, popularity=Popularity(mix=Mix.DISTINCT))
     prompts = endless(ground.sizes.load(10_000 + number, random_output_len=2), [])
     until, probes = asyncio.Event(), list[Answer]()
 
     async def probe() -> None:
         loop = asyncio.get_running_loop()
-        end = loop.time() + ground.sizes.seconds
+        end = loop.time() + ground.sizes.seconds / 2
         while loop.time() < end:
             prompt = next(prompts)
             probes.append(await ask(target, Planned(next(probed), prompt.prompt, prompt.max_tokens, 0.0)))

@@ -97,13 +97,18 @@ class SlotPool:
             for group, count in slices.items()
         }
         self._scales = {group: torch.zeros_like(ranks, dtype=torch.float32) for group, ranks in self._ranks.items()}
-        self.weights = [
-            {group: self._weights(group, shape, layer) for group, shape in shapes.items()}
-            for layer in range(num_layers)
-        ]
+        rows = self._num_pages * PAGE_ROWS
+        self._a = {
+            group: reserve((num_layers, slices[group], rows, shape.in_features), dtype, device)
+            for group, shape in shapes.items()
+        }
+        self._b = {
+            group: [reserve((num_layers, rows, out), dtype, device) for out in shape.out_features]
+            for group, shape in shapes.items()
+        }
+        self.weights = [{group: self._weights(group, layer) for group in shapes} for layer in range(num_layers)]
         self._free_pages = {linear: list(range(self._num_pages)) for group in shapes for linear in LINEAR_GROUPS[group]}
         self._free_slots = list(range(self.num_slots))
-        self._pages: dict[tuple[str, int, int], Sequence[tuple[Tensor, Tensor]]] = {}
         self._slots: dict[str, Slot] = {}
         self._arriving: dict[Slot, Arrived] = {}
         self._generations = [0] * self.num_slots
@@ -181,7 +186,7 @@ class SlotPool:
         self._free_slots.append(slot.index)
 
     def _copy(self, slot: Slot, adapter: AdapterWeights) -> None:
-        """A step waits for it, so it makes no tensor it can do without."""
+        """A step waits for it: a linear's rows go in with one call for all layers, where they lie evenly apart."""
         for group in self.tables:
             for index, linear in enumerate(LINEAR_GROUPS[group]):
                 modules = [adapter.module(layer, linear) for layer in range(len(self.weights))]
@@ -189,18 +194,12 @@ class SlotPool:
                 scales = [0.0 if module is None else module.scale for module in modules]
                 self._ranks[group][:, index, slot.index] = torch.tensor(ranks, dtype=torch.int32)
                 self._scales[group][:, index, slot.index] = torch.tensor(scales)
+                a, b = self._a[group][:, index], self._b[group][index]
+                rows_of_a = [None if each is None else columns_of(each.a, a.shape[2], self._rank) for each in modules]
+                rows_of_b = [None if each is None else columns_of(each.b, b.shape[2], self._rank) for each in modules]
                 for number, page in enumerate(slot.pages.get(linear, ())):
-                    for module, (a, b) in zip(modules, self._page(group, index, page), strict=True):
-                        _fill(a, None if module is None else columns_of(module.a, a.shape[1], self._rank), number)
-                        _fill(b, None if module is None else columns_of(module.b, b.shape[1], self._rank), number)
-
-    def _page(self, group: str, index: int, page: int) -> Sequence[tuple[Tensor, Tensor]]:
-        """A page of A and of B in every layer. The views are kept: to make them takes as long as to fill them."""
-        if (group, index, page) not in self._pages:
-            rows = slice(page * PAGE_ROWS, (page + 1) * PAGE_ROWS)
-            layers = [groups[group] for groups in self.weights]
-            self._pages[group, index, page] = [(layer.a[index, rows], layer.b[index][rows]) for layer in layers]
-        return self._pages[group, index, page]
+                    _fill(a, page, rows_of_a, number)
+                    _fill(b, page, rows_of_b, number)
 
     def _set_table(self, slot: Slot) -> None:
         for group, table in self.tables.items():
@@ -217,12 +216,11 @@ class SlotPool:
             rows_per_slice=self._num_pages * PAGE_ROWS,
         )
 
-    def _weights(self, group: str, shape: GroupShape, layer: int) -> LoraWeights:
-        slices, rows = len(shape.out_features), self._num_pages * PAGE_ROWS
+    def _weights(self, group: str, layer: int) -> LoraWeights:
         return LoraWeights(
             group=group,
-            a=reserve((slices, rows, shape.in_features), self.dtype, self.device),
-            b=tuple(reserve((rows, out), self.dtype, self.device) for out in shape.out_features),
+            a=self._a[group][layer],
+            b=tuple(b[layer] for b in self._b[group]),
             ranks=self._ranks[group][layer],
             scales=self._scales[group][layer],
         )
@@ -254,12 +252,37 @@ def _pages_needed(adapter: AdapterWeights) -> dict[str, int]:
     return {linear: pages_for(rank) for linear, rank in adapter.ranks.items()}
 
 
-def _fill(page: Tensor, rows: Tensor | None, number: int) -> None:
-    """Copy the rows of an adapter's page `number` to a page of the pool; what they leave of it is zeroed."""
-    first = number * PAGE_ROWS
-    here = 0 if rows is None else max(0, min(PAGE_ROWS, len(rows) - first))
-    if rows is not None and here:
-        part = rows if here == len(rows) else rows[first : first + here]
-        (page if here == PAGE_ROWS else page[:here]).copy_(part, non_blocking=True)
+def _fill(pool: Tensor, page: int, rows: Sequence[Tensor | None], number: int) -> None:
+    """Copy the rows of an adapter's page `number` to a page of the pool [layers, rows, width]; what they leave of it is
+    zeroed."""
+    to = pool[:, page * PAGE_ROWS : (page + 1) * PAGE_ROWS]
+    if (together := _together(rows)) is not None and together.device == to.device:
+        _fill_page(to, together, number)
+    else:
+        for layer, part in enumerate(rows):
+            _fill_page(to[layer], to[layer, :0] if part is None else part, number)
+
+
+def _fill_page(page: Tensor, rows: Tensor, number: int) -> None:
+    here = max(0, min(PAGE_ROWS, rows.shape[-2] - number * PAGE_ROWS))
+    if here:
+        page[..., :here, :].copy_(rows.narrow(-2, number * PAGE_ROWS, here), non_blocking=True)
     if here < PAGE_ROWS:
-        page[here:].zero_()
+        page[..., here:, :].zero_()
+
+
+def _together(layers: Sequence[Tensor | None]) -> Tensor | None:
+    """All layers' rows as one view [layers, rows, width], where they are alike and lie evenly apart in one memory."""
+    first = layers[0]
+    if first is None:
+        return None
+    starts = []
+    for rows in layers:
+        if rows is None or rows.shape != first.shape or rows.dtype != first.dtype:
+            return None
+        starts.append(rows.data_ptr())
+    apart, memory = (starts[-1] - starts[0]) // max(1, len(starts) - 1), first.untyped_storage()
+    evenly = apart > 0 and all(start == starts[0] + number * apart for number, start in enumerate(starts))
+    if not evenly or starts[-1] >= memory.data_ptr() + memory.nbytes():
+        return None
+    return first.as_strided((len(layers), *first.shape), (apart // first.itemsize, *first.stride()))
