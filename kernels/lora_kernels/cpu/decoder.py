@@ -85,7 +85,7 @@ class StepResult:
 
 
 class Packer:
-    """Lays base weights [out, in] out as panels: [ceil(out / 32), in, 32], columns past `out` zero."""
+    """Lays base weights [out, in] out as panels: [ceil(out / 32), in, 32], columns past `out` zero. See multiply.h."""
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self._library = library or load_library()
@@ -93,7 +93,8 @@ class Packer:
     def pack(self, weight: Tensor) -> Tensor:
         weight = weight.contiguous()
         out, width = weight.shape
-        packed = torch.empty((-(-out // COLUMNS), width, COLUMNS), dtype=weight.dtype)
+        even = width + width % 2  # what some levels pack in pairs
+        packed = torch.empty((-(-out // COLUMNS), even, COLUMNS), dtype=weight.dtype)
         self._library.multilora_pack(weight.data_ptr(), out, width, packed.data_ptr(), _is_bf16(weight.dtype))
         return packed
 

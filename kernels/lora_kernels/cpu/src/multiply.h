@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "vector.h"
 
 namespace multilora {
@@ -29,12 +31,27 @@ struct PairedBFloat16 {
   uint16_t bits;
 };
 
-inline int place_in_panel(const float*, int column) { return column; }
-inline int place_in_panel(const PairedBFloat16*, int column) {
-  return column < COLUMNS / 2 ? 2 * column : 2 * (column - COLUMNS / 2) + 1;
+// Where the processor multiplies bf16: inputs 2k and 2k + 1 of a column lie side by side, as its instruction takes them.
+struct PairedInputs {
+  uint16_t bits;
+};
+
+// Where a weight lies in its panel, and how many a panel of `depth` inputs holds of them.
+inline size_t place_in_panel(const float*, int input, int column) { return size_t(input) * COLUMNS + column; }
+inline size_t place_in_panel(const PairedBFloat16*, int input, int column) {
+  return size_t(input) * COLUMNS + (column < COLUMNS / 2 ? 2 * column : 2 * (column - COLUMNS / 2) + 1);
+}
+inline size_t place_in_panel(const PairedInputs*, int input, int column) {
+  return size_t(input / 2) * 2 * COLUMNS + 2 * column + input % 2;
 }
 
-inline float widen(PairedBFloat16 value) { return bits_of<float>(uint32_t(value.bits) << 16); }
+template <class W>
+inline size_t panel_size(const W*, int depth) {
+  return size_t(depth + depth % (std::is_same_v<W, PairedInputs> ? 2 : 1)) * COLUMNS;
+}
+
+inline float widen(PairedBFloat16 value) { return widen(BFloat16{value.bits}); }
+inline float widen(PairedInputs value) { return widen(BFloat16{value.bits}); }
 
 // Register i of the columns that lie at `from`.
 template <class T>
@@ -76,12 +93,10 @@ struct Silence {
   void go() {}
 };
 
+// sums[r] += x[r, k] * w[k], k ascending
 template <int R, int ahead, class W, class A>
-inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
-                          size_t y_stride, bool add, A& asking) {
-  Floats sums[R][REGISTERS];
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
+inline void add_products(Floats (&sums)[R][REGISTERS], const float* x, size_t x_stride, const W* w, size_t w_stride,
+                         int depth, A& asking) {
   for (int k = 0; k < depth; ++k, w += w_stride) {
     if constexpr (ahead > 0) prefetch(w, ahead);
     asking.go();
@@ -101,12 +116,42 @@ inline void multiply_rows(const float* x, size_t x_stride, const W* w, size_t w_
       }
     }
   }
+}
+
+#if defined(__AVX512BF16__)
+// The same of bf16, two inputs at a time: a sum takes the odd one's product, then the even one's. Where depth is odd, x
+// and w hold a zero past it.
+template <int R, int ahead, class A>
+inline void add_products(Floats (&sums)[R][REGISTERS], const BFloat16* x, size_t x_stride, const PairedInputs* w, size_t,
+                         int depth, A& asking) {
+  for (int k = 0; k < depth; k += 2, w += 2 * COLUMNS) {
+    if constexpr (ahead > 0) prefetch(w, ahead), prefetch(w + COLUMNS, ahead);
+    asking.go(), asking.go();
+    __m512bh columns[REGISTERS];
+    for (int i = 0; i < REGISTERS; ++i) std::memcpy(&columns[i], w + 2 * i * LANES, sizeof columns[i]);
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * x_stride + k, sizeof pair);
+      const __m512bh values = bits_of<__m512bh>(_mm512_set1_epi32(pair));
+      for (int i = 0; i < REGISTERS; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], values, columns[i]);
+    }
+  }
+}
+#endif
+
+template <int R, int ahead, class X, class W, class A>
+inline void multiply_rows(const X* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
+                          size_t y_stride, bool add, A& asking) {
+  Floats sums[R][REGISTERS];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
+  add_products<R, ahead>(sums, x, x_stride, w, w_stride, depth, asking);
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < REGISTERS; ++i) store(y + r * y_stride + i * LANES, sums[r][i]);
 }
 
-template <int R, int ahead, class W, class A>
-inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
+template <int R, int ahead, class X, class W, class A>
+inline void multiply_rest(int rows, const X* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
                           size_t y_stride, bool add, A& asking) {
   if (rows == R) return multiply_rows<R, ahead>(x, x_stride, w, w_stride, depth, y, y_stride, add, asking);
   if constexpr (R > 1) multiply_rest<R - 1, ahead>(rows, x, x_stride, w, w_stride, depth, y, y_stride, add, asking);
@@ -115,21 +160,21 @@ inline void multiply_rest(int rows, const float* x, size_t x_stride, const W* w,
 // Semantics:
 //     y[i, c] = (add ? y[i, c] : 0) + sum over k, ascending:  x[i, k] * w[k, c]        for 32 columns c
 // Shape:
-//     x: [rows, depth], rows x_stride apart      float32
-//     w: [depth, 32], rows w_stride apart        float32, bf16 or packed bf16
+//     x: [rows, depth], rows x_stride apart      float32; bf16 where w is of paired inputs
+//     w: [depth, 32], rows w_stride apart        float32, bf16, or packed bf16
 //     y: [rows, 32], rows y_stride apart         float32
 //     ahead: bytes past a row of w at which memory is asked for what comes next; 0 where w is in cache
 // Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
-template <int ahead = 0, class W, class A = Silence>
-void multiply(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
+template <int ahead = 0, class X, class W, class A = Silence>
+void multiply(int rows, const X* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
               size_t y_stride, bool add, A asking = {}) {
   for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride)
     multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, w_stride, depth, y, y_stride, add, asking);
 }
 
 // The same, asking memory for something else meanwhile.
-template <int ahead = 0, class W>
-void multiply(int rows, const float* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
+template <int ahead = 0, class X, class W>
+void multiply(int rows, const X* x, size_t x_stride, const W* w, size_t w_stride, int depth, float* y,
               size_t y_stride, bool add, Ask ask) {
   const int times = (rows + ROWS - 1) / ROWS;
   const Asking asking{static_cast<const char*>(ask.from), ask.bytes / (size_t(depth) * times)};

@@ -14,11 +14,13 @@
 //     rows      silu(gate) * up
 //     shrink, panels, expand        down
 //
-// Activations are float32 throughout, weights and cache as stored; a value is rounded only into the cache.
+// Activations are float32, weights and cache as stored; a value is rounded on its way into the cache, and, where the
+// processor multiplies bf16, as the input of a base weight.
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -32,8 +34,11 @@ namespace {
 constexpr int PAGE_ROWS = 16;  // rank rows in a page of the slot pool, as in layout.py
 
 // More rows than a product takes at once read the weights again each time, so these are taken this many inputs at a
-// time: 16 KiB of float32, half of a first-level cache, while memory is asked for the next as many.
-constexpr int INPUTS = 128;
+// time, while memory is asked for the next as many: 128 are 16 KiB of float32, half of a first-level cache. Products of
+// bf16 are done so soon that to leave and fetch their sums costs more than a second-level cache does: 768 are 48 KiB, and
+// a prompt takes a tenth less than with 128.
+template <class Weight>
+constexpr int INPUTS = std::is_same_v<Weight, PairedInputs> ? 768 : 128;
 
 // From more products than this on, bf16 weights are widened once into such a block instead of in registers each time:
 // where the two cross in AVX2, at 18 rows.
@@ -63,16 +68,23 @@ constexpr int B_AHEAD = 256;
 
 int padded(int64_t columns) { return int((columns + COLUMNS - 1) / COLUMNS * COLUMNS); }
 
-// Base weights as they lie packed, by how activations' neighbours (adapters, cache) are stored.
+// Base weights as they lie packed, and what a product takes of their input, by how adapters and cache are stored.
 template <class T>
 struct Packed;
 template <>
 struct Packed<float> {
-  using Type = float;
+  using Weight = float;
+  using Input = float;
 };
 template <>
 struct Packed<BFloat16> {
-  using Type = PairedBFloat16;
+#if defined(__AVX512BF16__)
+  using Weight = PairedInputs;
+  using Input = BFloat16;
+#else
+  using Weight = PairedBFloat16;
+  using Input = float;
+#endif
 };
 
 // Rows [first, first + rows) of the batch, of one slot.
@@ -120,7 +132,9 @@ class Engine {
 template <class T>
 class Decoder final : public Engine {
  public:
-  using Weight = typename Packed<T>::Type;
+  using Weight = typename Packed<T>::Weight;
+  using Input = typename Packed<T>::Input;
+  static constexpr bool ROUNDS = !std::is_same_v<Input, float>;
 
   Decoder(const Model& model, int threads)
       : model_(model),
@@ -134,6 +148,7 @@ class Decoder final : public Engine {
         qkv_(q_width_ + 2 * kv_width_),
         attended_(q_width_),
         gate_up_(2 * inner_),
+        rounded_(std::max({padded(model.hidden), q_width_, inner_})),
         team_(threads) {
     for (int thread = 0; thread < threads; ++thread) scratch_.push_back(std::make_unique<Scratch>(model));
   }
@@ -149,13 +164,14 @@ class Decoder final : public Engine {
     explicit Scratch(const Model& model) : attention(model) {}
     Attention<T> attention;
     Buffer state, part;
-    alignas(64) float widened[INPUTS * COLUMNS];
+    alignas(64) float widened[INPUTS<float> * COLUMNS];
     alignas(64) T tail[PAGE_ROWS * COLUMNS];
   };
 
   void prepare(const Batch& batch) {
     const size_t rows = batch.rows;
     for (Rows* of : {&x_, &h_, &y_, &qkv_, &attended_, &gate_up_}) of->at_least(rows);
+    if constexpr (ROUNDS) rounded_.at_least(rows);
     shrunk_.at_least(3 * rows * rank_columns());
     segments_.clear();
     tiles_.clear();
@@ -204,7 +220,10 @@ class Decoder final : public Engine {
         norm(row, layer.post_attention_norm, row);
       });
       linears(batch, mine, gate_up, down, h_, gate_up_);
-      team_.each(rows, 1, [&](int row) { activate(gate_up_[row]); });
+      team_.each(rows, 1, [&](int row) {
+        activate(gate_up_[row]);
+        round(row, gate_up_[row], 0, inner);
+      });
       linears(batch, mine, down, next, gate_up_, y_);
     }
     const int sampled = int(batch.sampled), vocab = padded(model_.vocab);
@@ -227,9 +246,8 @@ class Decoder final : public Engine {
       const T* from = static_cast<const T*>(model_.embedding) + size_t(token) * hidden;
       for (int k = 0; k < hidden; ++k) x[k] = widen(from[k]);
     } else {
-      const Weight* panel = static_cast<const Weight*>(model_.head.weight) + size_t(token / COLUMNS) * hidden * COLUMNS;
-      const int place = place_in_panel(panel, token % COLUMNS);
-      for (int k = 0; k < hidden; ++k) x[k] = widen(panel[size_t(k) * COLUMNS + place]);
+      const Weight* panel = panel_of(model_.head, token / COLUMNS, hidden);
+      for (int k = 0; k < hidden; ++k) x[k] = widen(panel[place_in_panel(panel, k, token % COLUMNS)]);
     }
   }
 
@@ -237,6 +255,21 @@ class Decoder final : public Engine {
     float* x = x_[row];
     const float* y = y_[row];
     for (int k = 0; k < model_.hidden; ++k) x[k] += y[k];
+  }
+
+  // Values [first, first + width) of a row that base weights will multiply, as a product takes them. An odd width is
+  // made even with a zero.
+  void round(int row, const float* x, int first, int width) {
+    if constexpr (ROUNDS) {
+      Input* to = rounded_[row] + first;
+      for (int k = 0; k < width; ++k) narrow(x[k], to[k]);
+      if (width % 2) to[width] = Input{};
+    }
+  }
+
+  const RowsOf<Input>& inputs(const Rows& x) const {
+    if constexpr (ROUNDS) return rounded_;
+    else return x;
   }
 
   // h[to] = x[row] / rms(x[row]) * weight
@@ -251,6 +284,7 @@ class Decoder final : public Engine {
     }
     const float scale = 1.0f / std::sqrt(sum(squares) / float(hidden) + model_.eps);
     for (int k = 0; k < hidden; ++k) h[k] = x[k] * scale * weight[k];
+    round(to, h, 0, hidden);
   }
 
   // Rotate q in place and k on its way into the cache, in the halves-apart layout.
@@ -347,9 +381,11 @@ class Decoder final : public Engine {
         else
           for (int i = 0; i < queries; ++i) mine.attention.join(total + i * size, sums + i * size);
       }
-      for (int i = 0; i < queries; ++i)
-        mine.attention.finish(total + i * size,
-                              attended_[tile.first + i / group] + (kv_head * group + i % group) * model_.head_dim);
+      for (int i = 0; i < queries; ++i) {
+        const int row = tile.first + i / group, dim = int(model_.head_dim), first = (kv_head * group + i % group) * dim;
+        mine.attention.finish(total + i * size, attended_[row] + first);
+        round(row, attended_[row] + first, first, dim);
+      }
     });
   }
 
@@ -402,9 +438,15 @@ class Decoder final : public Engine {
     }
   }
 
+  const Weight* panel_of(const Linear& linear, int panel, int depth) const {
+    const Weight* panels = static_cast<const Weight*>(linear.weight);
+    return panels + size_t(panel) * panel_size(panels, depth);
+  }
+
   // y = x W, a panel of 32 columns by PROJECT_ROWS rows an item; `after`: where adapters are at work, the next group.
-  void project(Scratch& mine, const Group& group, const Group* after, int rows, const Rows& x, float* y, int y_stride) {
+  void project(Scratch& mine, const Group& group, const Group* after, int rows, const Rows& of, float* y, int y_stride) {
     const int depth = group.depth;
+    const RowsOf<Input>& x = inputs(of);
     int starts[4] = {};
     for (int index = 0; index < group.count; ++index)
       starts[index + 1] = starts[index] + padded(group.linears[index].out) / COLUMNS;
@@ -415,7 +457,7 @@ class Decoder final : public Engine {
       int index = 0;
       while (place >= starts[index + 1]) ++index;
       const Linear& linear = group.linears[index];
-      const Weight* weight = static_cast<const Weight*>(linear.weight) + size_t(place - starts[index]) * depth * COLUMNS;
+      const Weight* weight = panel_of(linear, place - starts[index], depth);
       float* out = y + size_t(first) * y_stride + size_t(place) * COLUMNS;
       if (here > ROWS) multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
       else if (!after) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
@@ -424,8 +466,9 @@ class Decoder final : public Engine {
   }
 
   // As multiply, in the same order, and memory is asked for one range after another of what adapters will need.
-  void multiply_asking(const Group& group, const Group& after, int panel, int panels, int rows, const float* x,
+  void multiply_asking(const Group& group, const Group& after, int panel, int panels, int rows, const Input* x,
                        int x_stride, const Weight* weight, float* y, int y_stride) const {
+    constexpr int INPUTS = 128;  // fine enough to share out what is asked for
     const int blocks = (group.depth + INPUTS - 1) / INPUTS;
     for (int block = 0; block < blocks; ++block, x += INPUTS, weight += INPUTS * COLUMNS) {
       const int here = std::min(INPUTS, group.depth - block * INPUTS);
@@ -453,11 +496,12 @@ class Decoder final : public Engine {
   }
 
   // As multiply, in the same order: sums wait in y from one block of inputs to the next.
-  static void multiply_blocks(float* widened, int rows, const float* x, int x_stride, const Weight* weight, int depth,
+  static void multiply_blocks(float* widened, int rows, const Input* x, int x_stride, const Weight* weight, int depth,
                               float* y, int y_stride) {
-    const bool widen = sizeof(Weight) < sizeof(float) && rows > PRODUCTS_UNWIDENED * ROWS;
-    for (int start = 0; start < depth; start += INPUTS, x += INPUTS) {
-      const int here = std::min(INPUTS, depth - start);
+    const bool widen = std::is_same_v<Weight, PairedBFloat16> && rows > PRODUCTS_UNWIDENED * ROWS;
+    constexpr int most = INPUTS<Weight>;
+    for (int start = 0; start < depth; start += most, x += most) {
+      const int here = std::min(most, depth - start);
       const Weight* block = weight;
       weight += size_t(here) * COLUMNS;
       const size_t next = size_t(here) * COLUMNS * sizeof(Weight);
@@ -465,10 +509,12 @@ class Decoder final : public Engine {
         multiply(rows, x, x_stride, block, COLUMNS, here, y, y_stride, start > 0, Ask{weight, next});
         continue;
       }
-      for (int k = 0; k < here; ++k)
-        for (int i = 0; i < REGISTERS; ++i)
-          store(widened + k * COLUMNS + i * LANES, load_columns(block + k * COLUMNS, i));
-      multiply(rows, x, x_stride, widened, COLUMNS, here, y, y_stride, start > 0, Ask{weight, next});
+      if constexpr (!ROUNDS) {
+        for (int k = 0; k < here; ++k)
+          for (int i = 0; i < REGISTERS; ++i)
+            store(widened + k * COLUMNS + i * LANES, load_columns(block + k * COLUMNS, i));
+        multiply(rows, x, x_stride, widened, COLUMNS, here, y, y_stride, start > 0, Ask{weight, next});
+      }
     }
   }
 
@@ -507,6 +553,7 @@ class Decoder final : public Engine {
   const std::vector<Layer> layers_;
   const int q_width_, kv_width_, inner_;
   Rows x_, h_, y_, qkv_, attended_, gate_up_;
+  RowsOf<Input> rounded_;  // of the input of the linears that come next, where products take bf16
   int parts_ = 1;
   int pages_ = 1;  // of q in the first layer, the most an adapter of this step has: what is asked for of each linear
   std::vector<Segment> segments_;
@@ -519,12 +566,11 @@ class Decoder final : public Engine {
 // [out, in] to panels [ceil(out / 32), in, 32], the columns past `out` zero.
 template <class Weight, class T>
 void pack(const T* from, int64_t out, int64_t in, Weight* to) {
-  for (int64_t first = 0; first < out; first += COLUMNS, to += in * COLUMNS) {
-    std::memset(static_cast<void*>(to), 0, in * COLUMNS * sizeof(Weight));
+  for (int64_t first = 0; first < out; first += COLUMNS, to += panel_size(to, int(in))) {
+    std::memset(static_cast<void*>(to), 0, panel_size(to, int(in)) * sizeof(Weight));
     for (int column = 0; column < std::min<int64_t>(COLUMNS, out - first); ++column) {
       const T* row = from + (first + column) * in;
-      Weight* place = to + place_in_panel(to, column);
-      for (int64_t k = 0; k < in; ++k) std::memcpy(place + k * COLUMNS, row + k, sizeof(T));
+      for (int k = 0; k < in; ++k) std::memcpy(to + place_in_panel(to, k, column), row + k, sizeof(T));
     }
   }
 }
@@ -557,6 +603,6 @@ EXPORT void multilora_close(void* engine) { delete static_cast<multilora::Engine
 
 EXPORT void multilora_pack(const void* from, int64_t out, int64_t in, void* to, int bf16) {
   using namespace multilora;
-  if (bf16) pack(static_cast<const BFloat16*>(from), out, in, static_cast<PairedBFloat16*>(to));
+  if (bf16) pack(static_cast<const BFloat16*>(from), out, in, static_cast<Packed<BFloat16>::Weight*>(to));
   else pack(static_cast<const float*>(from), out, in, static_cast<float*>(to));
 }
