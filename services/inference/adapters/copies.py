@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lora_kernels.pool_copy import PageCopy, scatter
+from lora_kernels.pool_copy import PageCopies, scatter
 from services.common.memory_plan import STAGING_BUFFERS
 from services.inference.model.memory import reserve
 
@@ -80,7 +80,7 @@ class LayerCopy(NamedTuple):
     values of each dtype in the run."""
 
     run: Tensor | None
-    pages: Mapping[torch.dtype, list[PageCopy]]
+    pages: Mapping[torch.dtype, PageCopies]
 
 
 @dataclass(eq=False)
@@ -119,9 +119,8 @@ class StagedCopies:
     def __init__(self, pool: Tensor, run_bytes: int, lanes: Lanes) -> None:
         self._pool = pool
         self._lanes = lanes
-        free = lanes.steps()
-        ring = (_Buffer(reserve((run_bytes,), torch.uint8, pool.device), free) for _ in range(STAGING_BUFFERS))
-        self._buffers = itertools.cycle(list(ring))
+        buffers = [reserve((run_bytes,), torch.uint8, pool.device) for _ in range(STAGING_BUFFERS)]
+        self._buffers = itertools.cycle([_Buffer(buffer, free=lanes.steps()) for buffer in buffers])
         self._loads: deque[Load] = deque()
         self._under_way: deque[tuple[Event, int]] = deque()
 

@@ -7,11 +7,13 @@ more slots than `max_loras`, as many adapters are resident as their pages allow.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_kernels import PAGE_ROWS, LoraWeights, PageTable
@@ -26,6 +28,9 @@ from services.inference.model.memory import CPU, reserve
 
 PLACES = {linear: (group, index) for group, linears in LINEAR_GROUPS.items() for index, linear in enumerate(linears)}
 """Of each linear, its group and its place in that."""
+
+LayerPages = dict[torch.dtype, tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""A layer's page copies, and what the next layer's differ by."""
 
 
 class AdapterWeights(Protocol):
@@ -125,12 +130,6 @@ class SlotPool:
             linears = [(shape.in_features, out) for shape in (whole or shapes).values() for out in shape.out_features]
             self._copies = StagedCopies(self._values, largest_run(linears, max_lora_rank), lanes)
         self.weights = [{group: self._weights(group, layer) for group in shapes} for layer in range(num_layers)]
-        self._rows = {  # made once: a view takes longer than the rest of what a copy is told
-            (layer, linear): (groups[group].a[index], groups[group].b[index])
-            for layer, groups in enumerate(self.weights)
-            for linear, (group, index) in PLACES.items()
-            if group in groups
-        }
         self._free_pages = {linear: list(range(self._num_pages)) for group in shapes for linear in LINEAR_GROUPS[group]}
         self._free_slots = list(range(self.num_slots))
         self._slots: dict[str, Slot] = {}
@@ -233,9 +232,21 @@ class SlotPool:
         self._free_slots.append(slot.index)
 
     def _start(self, slot: Slot, adapter: AdapterWeights, copies: StagedCopies) -> None:
+        made: dict[Hashable, tuple[int, LayerPages]] = {}
+
+        def copy_of(layer: int) -> LayerCopy:
+            """Most layers are alike: then only where their pages lie is another, and Python counts that once."""
+            run = adapter.run(layer)
+            modules = {linear: adapter.module(layer, linear) for linear in slot.pages}
+            key = tuple(None if each is None else _place_in(run, each) for each in modules.values())
+            if key not in made:
+                made[key] = layer, self._pages_of(slot, modules, run, layer)
+            first, pages = made[key]
+            return LayerCopy(run, {dtype: copies + (layer - first) * steps for dtype, (copies, steps) in pages.items()})
+
         load = self._arriving[slot] = Load(
             len(self.weights),
-            layer=lambda layer: LayerCopy(adapter.run(layer), self._pages_of(slot, adapter, layer)),
+            layer=copy_of,
             first=lambda: self._set_scales(slot, adapter),
         )
         copies.begin(load)
@@ -245,16 +256,21 @@ class SlotPool:
         if slot.arrived:
             del self._arriving[slot]
 
-    def _pages_of(self, slot: Slot, adapter: AdapterWeights, layer: int) -> dict[torch.dtype, list[PageCopy]]:
+    def _pages_of(
+        self, slot: Slot, modules: Mapping[str, ModuleTensors | None], run: Tensor | None, layer: int
+    ) -> LayerPages:
         """How a layer's run fills the slot's pages, by the dtype of what it holds for them."""
-        pages: dict[torch.dtype, list[PageCopy]] = {}
-        for linear, own in slot.pages.items():
-            module = adapter.module(layer, linear)
-            a, b = self._rows[layer, linear]
-            copies = pages.setdefault(self.dtype if module is None else module.a.dtype, [])
-            for into, rows in ((a, None if module is None else module.a), (b, None if module is None else module.b)):
-                copies += scatter_copies(self._values, into, own, self._staged(adapter.run(layer), rows, into.shape[1]))
-        return pages
+        made: dict[torch.dtype, tuple[list[PageCopy], list[PageCopy]]] = {}
+        for linear, module in modules.items():
+            pages, (group, index) = slot.pages[linear], PLACES[linear]
+            copies, steps = made.setdefault(self.dtype if module is None else module.a.dtype, ([], []))
+            for pool, into, rows in (
+                (self._a[group], self._a[group][layer, index], None if module is None else module.a),
+                (self._b[group][index], self._b[group][index][layer], None if module is None else module.b),
+            ):
+                copies += scatter_copies(self._values, into, pages, self._staged(run, rows, into.shape[1]))
+                steps += [PageCopy(source=0, target=pool.stride(0), rows=0, width=0, stride=0)] * len(pages)
+        return {dtype: (np.array(copies), np.array(steps)) for dtype, (copies, steps) in made.items()}
 
     def _staged(self, run: Tensor | None, rows: Tensor | None, width: int) -> StagedRows | None:
         """Where an adapter's A or B lies in its layer's run, and what of it is this rank's."""
@@ -335,6 +351,12 @@ def pages_for(rank: int) -> int:
 
 def _pages_needed(adapter: AdapterWeights) -> dict[str, int]:
     return {linear: pages_for(rank) for linear, rank in adapter.ranks.items()}
+
+
+def _place_in(run: Tensor | None, module: ModuleTensors) -> Hashable:
+    assert run is not None, "a layer with modules has a run"
+    start = run.data_ptr()
+    return module.rank, module.a.dtype, module.a.data_ptr() - start, module.b.data_ptr() - start
 
 
 def _no_memory() -> ResourceExhausted:
