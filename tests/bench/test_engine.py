@@ -32,6 +32,15 @@ def test_every_measurement_is_there(tiny_model: Path, dtype: str) -> None:
     assert lines[2]["metrics"]["adapter_bytes"] == 2 * lines[1]["metrics"]["adapter_bytes"]
 
 
+def test_eight_bits_are_measured_on_the_compiled_path(tiny_model: Path) -> None:
+    found = run(tiny_model, TINY, backend="compiled", dtype="bfloat16", threads=1)
+    decode, quality = (json.loads(result.to_json()) for result in found[-2:])
+    assert decode["setup"]["benchmark"] == "engine_int8_decode"
+    assert set(decode["metrics"]["over_dtype"]) == {"1"}
+    assert set(quality["metrics"]) == {"bfloat16", "int8", "targets"}
+    assert quality["metrics"]["int8"]["greedy_agreement"] > 0.5
+
+
 def test_ratios_are_taken_round_by_round() -> None:
     """A machine that is twice as slow in one round, at everything, changes no ratio."""
     quick = Round(rate=10e9, steps={0: 0.030, 1: 0.032, 2: 0.034})

@@ -1,9 +1,9 @@
 """The engine without a server: `python -m services.bench.engine [--backend …]`, or `make bench-engine`.
 
 Decode steps by batch, distinct adapters and rank, beside the time that reading the weights takes at the bandwidth
-measured in the same round; prefill; memory. η is the time that an adapter's bytes take at that bandwidth ÷ the time
-that adapters add to a step. Ratios are medians of the rounds' own, with their quartiles. JSON lines go to --out,
-progress and the table to standard error. Exits with 1 when a target is missed.
+measured in the same round; prefill; memory; base weights in eight bits. η is the time that an adapter's bytes take at
+that bandwidth ÷ the time that adapters add to a step. Ratios are medians of the rounds' own, with their quartiles. JSON
+lines go to --out, progress and the table to standard error. Exits with 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any
 from services.bench import servers
 from services.bench.engine.bandwidth import ReadBandwidth
 from services.bench.engine.decode import CONTEXT, WARM_STEPS, Sizes, decode
+from services.bench.engine.eight_bits import eight_bits
 from services.bench.engine.steps import Bare
 from services.bench.memory import resident_bytes
 from services.bench.progress import console, says
 from services.bench.results import Figure, Result, print_table, spread, write_lines
+from services.inference.model.compiled_runner import CompiledRunner
 
 PROMPT = 64
 OTHER_MB = 600.0
@@ -60,6 +62,8 @@ def run(model: Path, sizes: Sizes, *, backend: str, dtype: str, threads: int) ->
         bandwidth = ReadBandwidth(Path(directory), threads)
         results += decode(bare, bandwidth, sizes, setup)
     results.append(_prefill(bare, sizes, setup))
+    if isinstance(bare.runner, CompiledRunner):
+        results += eight_bits(model, bare, sizes, setup, dtype=dtype, threads=threads)
     return results
 
 

@@ -54,7 +54,7 @@ extern "C" {
 
 // One linear of one layer: its base weights, packed, and every adapter's A and B in the slot pool.
 struct Linear {
-  const void* weight;     // [ceil(out / 32), in, 32]
+  const void* weight;     // [ceil(out / 32), in, 32], or Int8Block [ceil(out / 32), ceil(in / 32)]
   const void* a;          // [pages * 16, in]
   const void* b;          // [pages * 16, out]
   const int32_t* ranks;   // [slots]; 0 where the slot's adapter lacks this linear in this layer
