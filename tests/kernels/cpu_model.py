@@ -66,29 +66,36 @@ class RandomModel:
             (matrix(shape.vocab, shape.hidden).float() * 5).to(shape.dtype) for _ in range(1 if self.tied else 2)
         )
 
-    def reference(self, tokens: Sequence[int], adapter: int) -> Tensor:
-        """Logits [tokens, vocab] of a whole sequence in float64, keys and values rounded as the cache rounds them."""
+    def reference(self, tokens: Sequence[int], adapter: int, *, rounds: bool = False) -> Tensor:
+        """Logits [tokens, vocab] of a whole sequence in float64, keys and values rounded as the cache rounds them.
+
+        rounds: so are the inputs of base weights, as where the processor multiplies bf16
+        """
         shape, count = self.shape, len(tokens)
         x = self.embeddings[0][list(tokens)].double()
         cos, sin = (table[:count, None].double() for table in rotary(shape.head_dim))
         for layer in range(self.layers):
             h = _norm(x, self.norms[2 * layer], shape.norm_eps)
-            q, k, v = self._group("qkv", layer, h, adapter)
+            q, k, v = self._group("qkv", layer, h, adapter, rounds)
             q, k, v = (t.view(count, -1, shape.head_dim) for t in (q, k, v))
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin).to(shape.dtype).double()
             k, v = (t.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for t in (k, v.to(shape.dtype).double()))
             scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(shape.head_dim)
             scores = scores.masked_fill(torch.ones(count, count, dtype=torch.bool).triu(1), -math.inf)
             attended = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1)
-            x = x + self._group("o", layer, attended, adapter)[0]
-            gate, up = self._group("gate_up", layer, _norm(x, self.norms[2 * layer + 1], shape.norm_eps), adapter)
-            x = x + self._group("down", layer, torch.nn.functional.silu(gate) * up, adapter)[0]
-        return _norm(x, self.norms[-1], shape.norm_eps) @ self.embeddings[-1].double().T
+            x = x + self._group("o", layer, attended, adapter, rounds)[0]
+            h = _norm(x, self.norms[2 * layer + 1], shape.norm_eps)
+            gate, up = self._group("gate_up", layer, h, adapter, rounds)
+            x = x + self._group("down", layer, torch.nn.functional.silu(gate) * up, adapter, rounds)[0]
+        return self._input(_norm(x, self.norms[-1], shape.norm_eps), rounds) @ self.embeddings[-1].double().T
 
-    def _group(self, group: str, layer: int, x: Tensor, adapter: int) -> tuple[Tensor, ...]:
+    def _input(self, x: Tensor, rounds: bool) -> Tensor:
+        return x.to(self.shape.dtype).double() if rounds else x
+
+    def _group(self, group: str, layer: int, x: Tensor, adapter: int, rounds: bool) -> tuple[Tensor, ...]:
         weights = [self.linears[layer][index].double() for index in GROUPS[group]]
         outs = [len(weight) for weight in weights]
-        y = x @ torch.cat(weights).T
+        y = self._input(x, rounds) @ torch.cat(weights).T
         own = {slot: [of[i] for i in GROUPS[group]] for slot, of in enumerate(self.adapters[layer])}
         return apply_lora_reference(y, x, [adapter] * len(x), own, outs).split(outs, dim=1)
 

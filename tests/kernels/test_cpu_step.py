@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 from typing import Any
@@ -20,7 +19,10 @@ from lora_kernels.cpu.build import LEVELS, level_of_this_machine
 from tests.kernels.cpu_model import Machine, RandomModel, Story, alone, in_float32, random_sequences, small_shape
 
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
-"""Of logits of order five after two layers; in bf16 a key or value on the edge between two may round either way."""
+"""Of logits of order five after two layers; in bf16 a value on the edge between two may round either way."""
+
+ROUNDED = 0.2
+"""The same where inputs of base weights are rounded too: far more values, any of which may be on an edge."""
 
 RUNNABLE = list(LEVELS)[list(LEVELS).index(level_of_this_machine()) :]
 SHAPES: dict[str, dict[str, int]] = {
@@ -31,33 +33,43 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.fixture(params=RUNNABLE)
-def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    return load_library(request.param)
-
-
-def check(model: RandomModel, stories: list[Story], found: list[Tensor]) -> None:
+def check(model: RandomModel, stories: list[Story], found: list[Tensor], level: str = RUNNABLE[0]) -> None:
+    rounds = level == "avx512bf16" and model.shape.dtype == torch.bfloat16
     for story, logits in zip(stories, found, strict=True):
-        expected = model.reference(story.tokens, story.adapter)
-        assert float((logits.double() - expected).abs().max()) < TOLERANCES[model.shape.dtype]
+        expected = model.reference(story.tokens, story.adapter, rounds=rounds)
+        error = (logits.double() - expected).abs()
+        assert float(error.max()) < (ROUNDED if rounds else TOLERANCES[model.shape.dtype])
+        assert model.layers > 1 or float(error.median()) < 1e-4
 
 
+@pytest.mark.parametrize("level", RUNNABLE)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("tied", [True, False])
-def test_prompts_and_single_tokens_mixed(library: ctypes.CDLL, dtype: torch.dtype, tied: bool) -> None:
+def test_prompts_and_single_tokens_mixed(level: str, dtype: torch.dtype, tied: bool) -> None:
     """In one step a prompt, the rest of another and the next token of a third."""
     model = RandomModel(small_shape(dtype), tied=tied)
     stories = random_sequences(1, [40, 23, 70, 9], adapters=3)
     steps = [[(0, 39), (1, 5)], [(0, 1), (1, 18), (2, 65)], [(2, 1), (3, 9)], *[[(2, 1)]] * 4]
-    check(model, stories, Machine(model, threads=2, library=library).run(stories, steps))
+    found = Machine(model, threads=2, library=load_library(level)).run(stories, steps)
+    check(model, stories, found, level)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-def test_shapes(sizes: dict[str, int]) -> None:
-    model = RandomModel(small_shape(**sizes))
+def test_shapes(sizes: dict[str, int], dtype: torch.dtype) -> None:
+    model = RandomModel(small_shape(dtype, **sizes))
     stories = random_sequences(2, [33, 21, 34, 5], adapters=3)
     steps = [[(0, 33), (1, 21), (2, 33), (3, 5)], [(2, 1)]]
     check(model, stories, Machine(model).run(stories, steps))
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
+def test_one_layer_of_bf16(level: str) -> None:
+    """Hardly a value is on an edge: what is left is the arithmetic, whatever the processor rounds."""
+    model = RandomModel(small_shape(torch.bfloat16), layers=1)
+    stories = random_sequences(1, [40, 23, 70, 9], adapters=3)
+    steps = [[(index, len(each.tokens)) for index, each in enumerate(stories)]]
+    check(model, stories, Machine(model, library=load_library(level)).run(stories, steps), level)
 
 
 def test_a_context_of_several_parts() -> None:
@@ -146,12 +158,17 @@ def test_eight_bits_are_the_weights_they_stand_for(
         assert torch.equal(eight, full)
 
 
+@pytest.mark.parametrize("level", RUNNABLE)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_eight_bits_beside_adapters_and_a_cache_of_either_dtype(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+def test_eight_bits_beside_adapters_and_a_cache_of_either_dtype(level: str, dtype: torch.dtype) -> None:
+    """Their inputs stay float32 where the processor multiplies bf16, too."""
     model = RandomModel(small_shape(dtype, int8=True))
     stories = random_sequences(1, [40, 23, 70, 9], adapters=3)
     steps = [[(0, 39), (1, 5)], [(0, 1), (1, 18), (2, 65)], [(2, 1), (3, 9)], *[[(2, 1)]] * 4]
-    check(in_float32(model), stories, Machine(model, threads=2, library=library).run(stories, steps))
+    found = Machine(model, threads=2, library=load_library(level)).run(stories, steps)
+    for story, logits in zip(stories, found, strict=True):
+        expected = in_float32(model).reference(story.tokens, story.adapter)
+        assert float((logits.double() - expected).abs().max()) < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -20,12 +20,15 @@ SOURCE = Path(__file__).parent / "src"
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where the package's build puts the libraries."""
 
-LEVELS = {
-    "avx512": ("-march=x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
-    "avx2": ("-march=x86-64-v3", {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
-    "portable": ("", set[str]()),
+_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+LEVELS: dict[str, tuple[tuple[str, ...], set[str]]] = {
+    "avx512bf16": (("-march=x86-64-v4", "-mavx512bf16"), {*_AVX512, "avx512_bf16"}),
+    "avx512": (("-march=x86-64-v4",), _AVX512),
+    "avx2": (("-march=x86-64-v3",), {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
+    "portable": ((), set()),
 }
-"""The compiler's flag and what the processor must have, best first. Portable is whatever the compiler makes for."""
+"""The compiler's flags and what the processor must have, best first. Portable is whatever the compiler makes for."""
 
 FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-fno-math-errno", "-Wno-psabi")
 """No -ffast-math: NaN and infinity keep their meaning, and sums their order."""
@@ -43,7 +46,7 @@ def level_of_this_machine() -> str:
 
 def library_name(level: str) -> str:
     """The file that the present source becomes."""
-    digest = hashlib.sha256(" ".join((platform.machine(), *FLAGS, LEVELS[level][0])).encode())
+    digest = hashlib.sha256(" ".join((platform.machine(), *FLAGS, *LEVELS[level][0])).encode())
     for file in sorted(SOURCE.iterdir()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return f"multilora-cpu-{level}-{digest.hexdigest()[:16]}.so"
@@ -59,8 +62,7 @@ def compile_library(
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent) as scratch:
         made = Path(scratch) / to.name
-        march = [LEVELS[level][0]] if LEVELS[level][0] else []
-        command = [compiler, *FLAGS, *march, *extra_flags, str(source), "-o", str(made)]
+        command = [compiler, *FLAGS, *LEVELS[level][0], *extra_flags, str(source), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise UnavailableError(f"{compiler} does not compile the backend: {done.stderr.strip()[-2000:]}")

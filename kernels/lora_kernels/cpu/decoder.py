@@ -90,7 +90,7 @@ class StepResult:
 
 
 class Packer:
-    """Lays base weights [out, in] out as panels: [ceil(out / 32), in, 32], columns past `out` zero.
+    """Lays base weights [out, in] out as panels: [ceil(out / 32), in, 32], columns past `out` zero. See multiply.h.
 
     int8: in eight bits instead, with a float32 scale for every 32 inputs of a row, the largest of them ÷ 127
     """
@@ -107,7 +107,8 @@ class Packer:
             to = packed.data_ptr()
             self._library.multilora_quantise(weight.data_ptr(), out, width, to, _is_bf16(weight.dtype))
             return packed
-        packed = torch.empty((-(-out // COLUMNS), width, COLUMNS), dtype=weight.dtype)
+        even = width + width % 2  # what some levels pack in pairs
+        packed = torch.empty((-(-out // COLUMNS), even, COLUMNS), dtype=weight.dtype)
         self._library.multilora_pack(weight.data_ptr(), out, width, packed.data_ptr(), _is_bf16(weight.dtype))
         return packed
 

@@ -8,53 +8,60 @@
 
 namespace multilora {
 
-// An array of floats that grows and never shrinks; what it held is lost as it grows.
-class Buffer {
+// An array that grows and never shrinks; what it held is lost as it grows.
+template <class T>
+class BufferOf {
  public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
+  BufferOf() = default;
+  BufferOf(const BufferOf&) = delete;
+  BufferOf& operator=(const BufferOf&) = delete;
+  ~BufferOf() { std::free(data_); }
 
-  float* at_least(size_t count) {
+  T* at_least(size_t count) {
     if (count > count_) {
       std::free(data_);
       count_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64));
+      data_ = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
       if (data_ == nullptr) throw std::bad_alloc();
       count_ = count;
     }
     return data_;
   }
 
-  float* data() const { return data_; }
+  T* data() const { return data_; }
 
  private:
-  float* data_ = nullptr;
+  T* data_ = nullptr;
   size_t count_ = 0;
 };
 
 // Rows of activations.
-class Rows {
+template <class T>
+class RowsOf {
+  static constexpr int LINE = 64 / sizeof(T);
+
  public:
   // Rows lie an odd number of cache lines apart, so that columns of many rows do not share a few sets of a cache.
-  explicit Rows(int width) : stride_((width + 15) / 16 * 16 | 16) {}
+  explicit RowsOf(int width) : stride_((width + LINE - 1) / LINE * LINE | LINE) {}
 
   void at_least(size_t rows) { values_.at_least(rows * stride_); }
-  float* operator[](size_t row) const { return values_.data() + row * stride_; }
+  T* operator[](size_t row) const { return values_.data() + row * stride_; }
   int stride() const { return stride_; }
 
  private:
   const int stride_;
-  Buffer values_;
+  BufferOf<T> values_;
 };
+
+using Buffer = BufferOf<float>;
+using Rows = RowsOf<float>;
 
 // The structs below are read from Python: native.py repeats them field by field.
 extern "C" {
 
 // One linear of one layer: its base weights, packed, and every adapter's A and B in the slot pool.
 struct Linear {
-  const void* weight;     // [ceil(out / 32), in, 32], or Int8Block [ceil(out / 32), ceil(in / 32)]
+  const void* weight;     // [ceil(out / 32), in, 32], packed as multiply.h says
   const void* a;          // [pages * 16, in]
   const void* b;          // [pages * 16, out]
   const int32_t* ranks;   // [slots]; 0 where the slot's adapter lacks this linear in this layer

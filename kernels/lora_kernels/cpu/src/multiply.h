@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "vector.h"
 
 namespace multilora {
@@ -29,6 +31,11 @@ struct PairedBFloat16 {
   uint16_t bits;
 };
 
+// Where the processor multiplies bf16: inputs 2k and 2k + 1 of a column lie side by side, as its instruction takes them.
+struct PairedInputs {
+  uint16_t bits;
+};
+
 // Inputs that share a scale in a column of eight-bit weights: 36 bytes where bf16 has 64, and GGUF's Q8_0 kept as it is.
 // Fewer scales cost tokens: 97 in 100 were float32's with 32 inputs a scale, 95 with 64, 93 with 128 (kernels/README.md).
 constexpr int SCALED = 32;
@@ -39,12 +46,17 @@ struct Int8Block {
   int8_t values[SCALED][COLUMNS];
 };
 
-inline int place_in_panel(const float*, int column) { return column; }
-inline int place_in_panel(const PairedBFloat16*, int column) {
-  return column < COLUMNS / 2 ? 2 * column : 2 * (column - COLUMNS / 2) + 1;
+// Where a weight lies in its panel.
+inline size_t place_in_panel(const float*, int input, int column) { return size_t(input) * COLUMNS + column; }
+inline size_t place_in_panel(const PairedBFloat16*, int input, int column) {
+  return size_t(input) * COLUMNS + (column < COLUMNS / 2 ? 2 * column : 2 * (column - COLUMNS / 2) + 1);
+}
+inline size_t place_in_panel(const PairedInputs*, int input, int column) {
+  return size_t(input / 2) * 2 * COLUMNS + 2 * column + input % 2;
 }
 
-inline float widen(PairedBFloat16 value) { return bits_of<float>(uint32_t(value.bits) << 16); }
+inline float widen(PairedBFloat16 value) { return widen(BFloat16{value.bits}); }
+inline float widen(PairedInputs value) { return widen(BFloat16{value.bits}); }
 
 // Register i of the columns that lie at `from`.
 template <class T>
@@ -98,17 +110,22 @@ inline Strided<W> walk(const W* panel) {
 }
 inline Int8Columns walk(const Int8Block* panel) { return {panel}; }
 
-// Where a panel of so many inputs ends; where it is at a later input, a multiple of SCALED.
+// How many a panel of `inputs` holds of what it is made of, and so where a later input lies, a multiple of SCALED.
+template <class W>
+inline size_t panel_size(const W*, int inputs) {
+  return size_t(inputs + (std::is_same_v<W, PairedInputs> ? inputs % 2 : 0)) * COLUMNS;
+}
+inline size_t panel_size(const Int8Block*, int inputs) { return size_t(inputs + SCALED - 1) / SCALED; }
+
 template <class W>
 inline const W* past(const W* panel, int inputs) {
-  return panel + size_t(inputs) * COLUMNS;
+  return panel + panel_size(panel, inputs);
 }
-inline const Int8Block* past(const Int8Block* panel, int inputs) { return panel + (inputs + SCALED - 1) / SCALED; }
 
 // One weight of a panel.
 template <class W>
 inline float weight_at(const W* panel, int input, int column) {
-  return widen(panel[size_t(input) * COLUMNS + place_in_panel(panel, column)]);
+  return widen(panel[place_in_panel(panel, input, column)]);
 }
 inline float weight_at(const Int8Block* panel, int input, int column) {
   const Int8Block& block = panel[input / SCALED];
@@ -146,12 +163,9 @@ struct Silence {
   void go() {}
 };
 
+// sums[r] += x[r, k] * w[k], k ascending
 template <int R, int ahead, class C, class A>
-inline void multiply_rows(const float* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add,
-                          A& asking) {
-  Floats sums[R][REGISTERS];
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
+inline void add_products(Floats (&sums)[R][REGISTERS], const float* x, size_t x_stride, C w, int depth, A& asking) {
   for (int k = 0; k < depth;)
     for (const int end = k + w.run(depth - k, ahead); k < end; ++k, w.next()) {
       if constexpr (ahead > 0) w.ask(ahead);
@@ -172,12 +186,43 @@ inline void multiply_rows(const float* x, size_t x_stride, C w, int depth, float
         }
       }
     }
+}
+
+#if defined(__AVX512BF16__)
+// The same of bf16, two inputs at a time: a sum takes the odd one's product, then the even one's. Where depth is odd, x
+// and w hold a zero past it.
+template <int R, int ahead, class A>
+inline void add_products(Floats (&sums)[R][REGISTERS], const BFloat16* x, size_t x_stride, Strided<PairedInputs> w,
+                         int depth, A& asking) {
+  for (int k = 0; k < depth; k += 2) {
+    __m512bh columns[REGISTERS];
+    for (int i = 0; i < REGISTERS; ++i) std::memcpy(&columns[i], w.at + 2 * i * LANES, sizeof columns[i]);
+    for (int input = 0; input < 2; ++input, w.next()) {
+      if constexpr (ahead > 0) w.ask(ahead);
+      asking.go();
+    }
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, x + r * x_stride + k, sizeof pair);
+      const __m512bh values = bits_of<__m512bh>(_mm512_set1_epi32(pair));
+      for (int i = 0; i < REGISTERS; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], values, columns[i]);
+    }
+  }
+}
+#endif
+
+template <int R, int ahead, class X, class C, class A>
+inline void multiply_rows(const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, A& asking) {
+  Floats sums[R][REGISTERS];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < REGISTERS; ++i) sums[r][i] = add ? load(y + r * y_stride + i * LANES) : Floats{};
+  add_products<R, ahead>(sums, x, x_stride, w, depth, asking);
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < REGISTERS; ++i) store(y + r * y_stride + i * LANES, sums[r][i]);
 }
 
-template <int R, int ahead, class C, class A>
-inline void multiply_rest(int rows, const float* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add,
+template <int R, int ahead, class X, class C, class A>
+inline void multiply_rest(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add,
                           A& asking) {
   if (rows == R) return multiply_rows<R, ahead>(x, x_stride, w, depth, y, y_stride, add, asking);
   if constexpr (R > 1) multiply_rest<R - 1, ahead>(rows, x, x_stride, w, depth, y, y_stride, add, asking);
@@ -186,21 +231,20 @@ inline void multiply_rest(int rows, const float* x, size_t x_stride, C w, int de
 // Semantics:
 //     y[i, c] = (add ? y[i, c] : 0) + sum over k, ascending:  x[i, k] * w[k, c]        for 32 columns c
 // Shape:
-//     x: [rows, depth], rows x_stride apart      float32
-//     w: [depth, 32], as it is walked            float32, bf16, packed bf16 or eight bits, each widened first
+//     x: [rows, depth], rows x_stride apart      float32; bf16 where w is of paired inputs
+//     w: [depth, 32], as it is walked            float32, bf16, packed bf16, or eight bits
 //     y: [rows, 32], rows y_stride apart         float32
 //     ahead: bytes past a row of w at which memory is asked for what comes next; 0 where w is in cache
 // Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
-template <int ahead = 0, class C, class A = Silence>
-void multiply(int rows, const float* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add,
-              A asking = {}) {
+template <int ahead = 0, class X, class C, class A = Silence>
+void multiply(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, A asking = {}) {
   for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride)
     multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, depth, y, y_stride, add, asking);
 }
 
 // The same, asking memory for something else meanwhile.
-template <int ahead = 0, class C>
-void multiply(int rows, const float* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, Ask ask) {
+template <int ahead = 0, class X, class C>
+void multiply(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, Ask ask) {
   const int times = (rows + ROWS - 1) / ROWS;
   const Asking asking{static_cast<const char*>(ask.from), ask.bytes / (size_t(depth) * times)};
   multiply<ahead>(rows, x, x_stride, w, depth, y, y_stride, add, asking);

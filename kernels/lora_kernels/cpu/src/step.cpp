@@ -14,7 +14,8 @@
 //     rows      silu(gate) * up
 //     shrink, panels, expand        down
 //
-// Activations are float32 throughout, weights and cache as stored; a value is rounded only into the cache.
+// Activations are float32, weights and cache as stored; a value is rounded on its way into the cache, and, where the
+// processor multiplies bf16, as the input of a base weight.
 
 #include <algorithm>
 #include <cmath>
@@ -34,8 +35,11 @@ namespace {
 constexpr int PAGE_ROWS = 16;  // rank rows in a page of the slot pool, as in layout.py
 
 // More rows than a product takes at once read the weights again each time, so these are taken this many inputs at a
-// time: 16 KiB of float32, half of a first-level cache, while memory is asked for the next as many.
-constexpr int INPUTS = 128;
+// time, while memory is asked for the next as many: 128 are 16 KiB of float32, half of a first-level cache. Products of
+// bf16 are done so soon that to leave and fetch their sums costs more than a second-level cache does: 768 are 48 KiB, and
+// a prompt takes a tenth less than with 128.
+template <class Weight>
+constexpr int INPUTS = std::is_same_v<Weight, PairedInputs> ? 768 : 128;
 
 // From more products than this on, bf16 weights are widened once into such a block instead of in registers each time:
 // where the two cross in AVX2, at 18 rows.
@@ -70,11 +74,15 @@ template <class T>
 struct Packed;
 template <>
 struct Packed<float> {
-  using Type = float;
+  using Weight = float;
 };
 template <>
 struct Packed<BFloat16> {
-  using Type = PairedBFloat16;
+#if defined(__AVX512BF16__)
+  using Weight = PairedInputs;
+#else
+  using Weight = PairedBFloat16;
+#endif
 };
 
 // Rows [first, first + rows) of the batch, of one slot.
@@ -120,9 +128,13 @@ class Engine {
 };
 
 // T: how adapters and cache are stored; Weight: how base weights are.
-template <class T, class Weight = typename Packed<T>::Type>
+template <class T, class Weight = typename Packed<T>::Weight>
 class Decoder final : public Engine {
  public:
+  // What a product takes of its input.
+  using Input = std::conditional_t<std::is_same_v<Weight, PairedInputs>, BFloat16, float>;
+  static constexpr bool ROUNDS = !std::is_same_v<Input, float>;
+
   Decoder(const Model& model, int threads)
       : model_(model),
         layers_(model.decoder, model.decoder + model.layers),
@@ -135,6 +147,7 @@ class Decoder final : public Engine {
         qkv_(q_width_ + 2 * kv_width_),
         attended_(q_width_),
         gate_up_(2 * inner_),
+        rounded_(std::max({padded(model.hidden), q_width_, inner_})),
         team_(threads) {
     for (int thread = 0; thread < threads; ++thread) scratch_.push_back(std::make_unique<Scratch>(model));
   }
@@ -150,13 +163,14 @@ class Decoder final : public Engine {
     explicit Scratch(const Model& model) : attention(model) {}
     Attention<T> attention;
     Buffer state, part;
-    alignas(64) float widened[INPUTS * COLUMNS];
+    alignas(64) float widened[INPUTS<float> * COLUMNS];
     alignas(64) T tail[PAGE_ROWS * COLUMNS];
   };
 
   void prepare(const Batch& batch) {
     const size_t rows = batch.rows;
     for (Rows* of : {&x_, &h_, &y_, &qkv_, &attended_, &gate_up_}) of->at_least(rows);
+    if constexpr (ROUNDS) rounded_.at_least(rows);
     shrunk_.at_least(3 * rows * rank_columns());
     segments_.clear();
     tiles_.clear();
@@ -205,7 +219,10 @@ class Decoder final : public Engine {
         norm(row, layer.post_attention_norm, row);
       });
       linears(batch, mine, gate_up, down, h_, gate_up_);
-      team_.each(rows, 1, [&](int row) { activate(gate_up_[row]); });
+      team_.each(rows, 1, [&](int row) {
+        activate(gate_up_[row]);
+        round(row, gate_up_[row], 0, inner);
+      });
       linears(batch, mine, down, next, gate_up_, y_);
     }
     const int sampled = int(batch.sampled), vocab = padded(model_.vocab);
@@ -239,6 +256,21 @@ class Decoder final : public Engine {
     for (int k = 0; k < model_.hidden; ++k) x[k] += y[k];
   }
 
+  // Values [first, first + width) of a row that base weights will multiply, as a product takes them. An odd width is
+  // made even with a zero.
+  void round(int row, const float* x, int first, int width) {
+    if constexpr (ROUNDS) {
+      Input* to = rounded_[row] + first;
+      for (int k = 0; k < width; ++k) narrow(x[k], to[k]);
+      if (width % 2) to[width] = Input{};
+    }
+  }
+
+  const RowsOf<Input>& inputs(const Rows& x) const {
+    if constexpr (ROUNDS) return rounded_;
+    else return x;
+  }
+
   // h[to] = x[row] / rms(x[row]) * weight
   void norm(int row, const float* weight, int to) {
     const int hidden = int(model_.hidden);
@@ -251,6 +283,7 @@ class Decoder final : public Engine {
     }
     const float scale = 1.0f / std::sqrt(sum(squares) / float(hidden) + model_.eps);
     for (int k = 0; k < hidden; ++k) h[k] = x[k] * scale * weight[k];
+    round(to, h, 0, hidden);
   }
 
   // Rotate q in place and k on its way into the cache, in the halves-apart layout.
@@ -347,9 +380,11 @@ class Decoder final : public Engine {
         else
           for (int i = 0; i < queries; ++i) mine.attention.join(total + i * size, sums + i * size);
       }
-      for (int i = 0; i < queries; ++i)
-        mine.attention.finish(total + i * size,
-                              attended_[tile.first + i / group] + (kv_head * group + i % group) * model_.head_dim);
+      for (int i = 0; i < queries; ++i) {
+        const int row = tile.first + i / group, dim = int(model_.head_dim), first = (kv_head * group + i % group) * dim;
+        mine.attention.finish(total + i * size, attended_[row] + first);
+        round(row, attended_[row] + first, first, dim);
+      }
     });
   }
 
@@ -403,13 +438,14 @@ class Decoder final : public Engine {
   }
 
   static const Weight* panel_of(const Linear& linear, int panel, int depth) {
-    const Weight* first = static_cast<const Weight*>(linear.weight);
-    return first + size_t(panel) * (past(first, depth) - first);
+    const Weight* panels = static_cast<const Weight*>(linear.weight);
+    return panels + size_t(panel) * panel_size(panels, depth);
   }
 
   // y = x W, a panel of 32 columns by PROJECT_ROWS rows an item; `after`: where adapters are at work, the next group.
-  void project(Scratch& mine, const Group& group, const Group* after, int rows, const Rows& x, float* y, int y_stride) {
+  void project(Scratch& mine, const Group& group, const Group* after, int rows, const Rows& of, float* y, int y_stride) {
     const int depth = group.depth;
+    const RowsOf<Input>& x = inputs(of);
     int starts[4] = {};
     for (int index = 0; index < group.count; ++index)
       starts[index + 1] = starts[index] + padded(group.linears[index].out) / COLUMNS;
@@ -429,8 +465,9 @@ class Decoder final : public Engine {
   }
 
   // As multiply, in the same order, and memory is asked for one range after another of what adapters will need.
-  void multiply_asking(const Group& group, const Group& after, int panel, int panels, int rows, const float* x,
+  void multiply_asking(const Group& group, const Group& after, int panel, int panels, int rows, const Input* x,
                        int x_stride, const Weight* weight, float* y, int y_stride) const {
+    constexpr int INPUTS = 128;  // fine enough to share out what is asked for
     const int blocks = (group.depth + INPUTS - 1) / INPUTS;
     for (int block = 0; block < blocks; ++block, x += INPUTS, weight = past(weight, INPUTS)) {
       const int here = std::min(INPUTS, group.depth - block * INPUTS);
@@ -458,11 +495,12 @@ class Decoder final : public Engine {
   }
 
   // As multiply, in the same order: sums wait in y from one block of inputs to the next.
-  static void multiply_blocks(float* widened, int rows, const float* x, int x_stride, const Weight* weight, int depth,
+  static void multiply_blocks(float* widened, int rows, const Input* x, int x_stride, const Weight* weight, int depth,
                               float* y, int y_stride) {
-    const bool widen = !std::is_same_v<Weight, float> && rows > PRODUCTS_UNWIDENED * ROWS;
-    for (int start = 0; start < depth; start += INPUTS, x += INPUTS) {
-      const int here = std::min(INPUTS, depth - start);
+    const bool widen = !std::is_same_v<Weight, float> && !ROUNDS && rows > PRODUCTS_UNWIDENED * ROWS;
+    constexpr int most = INPUTS<Weight>;
+    for (int start = 0; start < depth; start += most, x += most) {
+      const int here = std::min(most, depth - start);
       const Weight* block = weight;
       weight = past(weight, here);
       const Ask next{weight, (weight - block) * sizeof(Weight)};
@@ -470,8 +508,10 @@ class Decoder final : public Engine {
         multiply(rows, x, x_stride, walk(block), here, y, y_stride, start > 0, next);
         continue;
       }
-      widen_panel(block, here, widened);
-      multiply(rows, x, x_stride, walk<float>(widened), here, y, y_stride, start > 0, next);
+      if constexpr (!ROUNDS) {
+        widen_panel(block, here, widened);
+        multiply(rows, x, x_stride, walk<float>(widened), here, y, y_stride, start > 0, next);
+      }
     }
   }
 
@@ -511,6 +551,7 @@ class Decoder final : public Engine {
   const std::vector<Layer> layers_;
   const int q_width_, kv_width_, inner_;
   Rows x_, h_, y_, qkv_, attended_, gate_up_;
+  RowsOf<Input> rounded_;  // of the input of the linears that come next, where products take bf16
   int parts_ = 1;
   int pages_ = 1;  // of q in the first layer, the most an adapter of this step has: what is asked for of each linear
   std::vector<Segment> segments_;
@@ -523,12 +564,11 @@ class Decoder final : public Engine {
 // [out, in] to panels [ceil(out / 32), in, 32], the columns past `out` zero.
 template <class Weight, class T>
 void pack(const T* from, int64_t out, int64_t in, Weight* to) {
-  for (int64_t first = 0; first < out; first += COLUMNS, to += in * COLUMNS) {
-    std::memset(static_cast<void*>(to), 0, in * COLUMNS * sizeof(Weight));
+  for (int64_t first = 0; first < out; first += COLUMNS, to += panel_size(to, int(in))) {
+    std::memset(static_cast<void*>(to), 0, panel_size(to, int(in)) * sizeof(Weight));
     for (int column = 0; column < std::min<int64_t>(COLUMNS, out - first); ++column) {
       const T* row = from + (first + column) * in;
-      Weight* place = to + place_in_panel(to, column);
-      for (int64_t k = 0; k < in; ++k) std::memcpy(place + k * COLUMNS, row + k, sizeof(T));
+      for (int k = 0; k < in; ++k) std::memcpy(to + place_in_panel(to, k, column), row + k, sizeof(T));
     }
   }
 }
@@ -591,7 +631,7 @@ EXPORT void multilora_close(void* engine) { delete static_cast<multilora::Engine
 
 EXPORT void multilora_pack(const void* from, int64_t out, int64_t in, void* to, int bf16) {
   using namespace multilora;
-  if (bf16) pack(static_cast<const BFloat16*>(from), out, in, static_cast<PairedBFloat16*>(to));
+  if (bf16) pack(static_cast<const BFloat16*>(from), out, in, static_cast<Packed<BFloat16>::Weight*>(to));
   else pack(static_cast<const float*>(from), out, in, static_cast<float*>(to));
 }
 
