@@ -16,10 +16,11 @@ from services.common.rpc import from_rpc_error
 
 @dataclass(frozen=True)
 class Answer:
-    """One request's events, put together."""
+    """One request's events, put together. logprobs: of the tokens chosen, where the request asked for them"""
 
     started: inference_pb2.Started
     token_ids: list[int]
+    logprobs: list[float]
     text: str
     finished: inference_pb2.Finished
 
@@ -63,6 +64,7 @@ def generate(address: str, message: inference_pb2.GenerateRequest, *, timeout: f
     return Answer(
         started[0],
         [token for chunk in chunks for token in chunk.token_ids],
+        [position.chosen.logprob for chunk in chunks for position in chunk.logprobs],
         "".join(chunk.text for chunk in chunks),
         finished[0],
     )

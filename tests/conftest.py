@@ -121,6 +121,10 @@ class InferenceServer:
         """Run a coroutine on the server's own loop and return what it returns."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.serving.engine.loop).result(timeout=120)
 
+    @property
+    def runner(self) -> Any:
+        return self.serving.engine.host.engine.engine.runner
+
     def stats(self) -> Any:
         return self.call(self.serving.engine.stats())
 

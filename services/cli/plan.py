@@ -42,6 +42,7 @@ def plan(
     ] = None,
     ranks: Annotated[list[int] | None, typer.Option("--rank", min=1, help="Of adapters to size; repeatable.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the service, as are those that follow.")] = "bfloat16",
+    quantization: Annotated[Literal["none", "int8"], typer.Option(help="Of the base weights, on a CPU.")] = "none",
     max_loras: Annotated[int, typer.Option(min=1)] = 8,
     max_lora_rank: Annotated[int, typer.Option(min=1, max=MAX_LORA_RANK)] = 64,
     max_model_len: Annotated[int, typer.Option(min=0, help="0: the model's own.")] = 0,
@@ -67,11 +68,14 @@ def plan(
     if config is None:
         _plan_adapters(context, from_metrics, hours, plot, save, output)
         return
+    if quantization != "none" and (device_gib is not None or tensor_parallel_size > 1):
+        raise typer.BadParameter("--quantization is one CPU's: leave out --device-memory and --tensor-parallel-size")
     from services.cli.memory import print_memory_plan
     from services.common.memory_plan import Room
 
     room = Room(
         dtype=dtype,
+        quantization=quantization,
         max_loras=max_loras,
         max_lora_rank=max_lora_rank,
         max_model_len=max_model_len,

@@ -24,6 +24,8 @@ PAGE_ROWS = 16
 """Rank rows of a page, as `lora_kernels` has it; a test holds the two together."""
 STAGING_BUFFERS = 2
 """Layers on their way to a GPU's pool: one is copied to the device while another is scattered to its pages."""
+INT8_BLOCK, INT8_BLOCK_BYTES = 32, 32 * (32 + 4)
+"""Rows and columns of a block of eight-bit weights, and its bytes, a scale a row among them; likewise."""
 _FLOAT = ITEM_SIZES["float32"]
 
 
@@ -32,6 +34,7 @@ class Room:
     """What the flags ask for, under their names; see `services.inference.config`."""
 
     dtype: str = "bfloat16"
+    quantization: str = "none"
     max_loras: int
     max_lora_rank: int
     max_model_len: int
@@ -105,7 +108,7 @@ class MemoryPlan:
         room = self.room
         pages, found = paged(room.max_lora_rank) // PAGE_ROWS, "measured" if self.measured else "computed"
         rows = [
-            PlanRow("weights", self.weights, room.dtype + self._part),
+            PlanRow("weights", self.weights, self._weights_in + self._part),
             PlanRow("slot pool", self.slot_pool, f"{room.max_loras} adapters × {pages} pages of {PAGE_ROWS} ranks"),
             PlanRow("staging", self.staging, f"{STAGING_BUFFERS} layers of an adapter in float32"),
             PlanRow(
@@ -139,6 +142,11 @@ class MemoryPlan:
         lines = [(row.what, mib(row.bytes), row.how) for row in self.rows()]
         widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
         return "\n".join(f"{what:<{widths[0]}}  {size:>{widths[1]}}  {how}" for what, size, how in lines)
+
+    @property
+    def _weights_in(self) -> str:
+        room = self.room
+        return room.dtype if room.quantization == "none" else f"{room.quantization}, the others {room.dtype}"
 
     @property
     def _part(self) -> str:
@@ -207,7 +215,7 @@ def plan_memory(
     item = ITEM_SIZES[room.dtype]
     plan = MemoryPlan(
         room=room,
-        weights=weight_elements(config, room.max_model_len, room.tensor_parallel_size) * item,
+        weights=weight_bytes(config, room),
         slot_pool=room.max_loras
         * adapter_elements(config, paged(room.max_lora_rank), room.tensor_parallel_size, room.fully_sharded_loras)
         * item,
@@ -219,6 +227,17 @@ def plan_memory(
         device=device,
     )
     return plan if device is None else plan._filled()
+
+
+def weight_bytes(config: Mapping[str, Any], room: Room) -> int:
+    """Of the decoder's tensors, or one rank's, as they lie in memory. Eight bits hold the linears and the head."""
+    elements, item = weight_elements(config, room.max_model_len, room.tensor_parallel_size), ITEM_SIZES[room.dtype]
+    if room.quantization == "none":
+        return elements * item
+    matrices = [(shape.out_features, shape.in_features) for shape in linear_shapes(config).values()]
+    matrices.append((int(config["vocab_size"]), int(config["hidden_size"])))
+    blocks = sum(-(-out // INT8_BLOCK) * -(-width // INT8_BLOCK) for out, width in matrices)
+    return blocks * INT8_BLOCK_BYTES + (elements - sum(out * width for out, width in matrices)) * item
 
 
 def weight_elements(config: Mapping[str, Any], max_model_len: int, ranks: int = 1) -> int:

@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", defaults["dtype"], "float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU; auto is the first")
     add("--device", defaults["device"], "cpu or cuda")
     add("--cpu-backend", defaults["cpu_backend"], "auto, compiled or torch; auto is compiled where it can be had")
+    add("--quantization", defaults["quantization"], "none, or int8: base weights in eight bits; compiled CPU path")
     add("--host", defaults["host"], "address to listen on")
     add("--port", defaults["port"], "gRPC port; 0 takes a free one")
     add("--http-port", defaults["http_port"], "HTTP port; 0 takes a free one, -1 serves no HTTP", int)

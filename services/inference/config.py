@@ -141,6 +141,7 @@ class ServerConfig:
     metrics_top_adapters: adapters with metrics of their own; the others' are one
     max_unread_tokens: tokens that may wait for a client that does not read them, before its request is cancelled
     cpu_backend: compiled, torch, or auto, which is compiled where it can be had
+    quantization: of the base weights, none or int8; adapters, activations and cache stay as they are
     """
 
     model: Path
@@ -148,6 +149,7 @@ class ServerConfig:
     dtype: str = "auto"
     device: str = "cpu"
     cpu_backend: str = "auto"
+    quantization: str = "none"
     host: str = "127.0.0.1"
     port: int = 50051
     admin_port: int | None = None
@@ -202,6 +204,7 @@ class ServerConfig:
             raise ConfigError(f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be above 0, up to 1")
         if self.cpu_backend not in ("auto", "compiled", "torch"):
             raise ConfigError(f"--cpu-backend is {self.cpu_backend!r}; there are auto, compiled and torch")
+        self._check_quantization()
         if not self.model.exists():
             raise ConfigError(f"--model: nothing is at {self.model}; give a Hugging Face directory or a .gguf file")
         if self.adapter_root is not None and not self.adapter_root.is_dir():
@@ -212,6 +215,23 @@ class ServerConfig:
             raise ConfigError(
                 f"--warm-adapters names {len(self.warm_adapters)}, and --max-loras has {self.adapters.num_slots} slots"
             )
+
+    def _check_quantization(self) -> None:
+        if self.quantization not in ("none", "int8"):
+            raise ConfigError(f"--quantization is {self.quantization!r}; there are none and int8")
+        if self.quantization == "none":
+            return
+        others = {
+            f"--device {self.device}": self.device != "cpu",
+            "--cpu-backend torch": self.cpu_backend == "torch",
+            f"--tensor-parallel-size {self.tensor_parallel_size}": self.tensor_parallel_size > 1,
+        }
+        for other, given in others.items():
+            if given:
+                raise ConfigError(
+                    f"--quantization is {self.quantization}, which the compiled CPU path alone serves, and {other} is "
+                    "another; leave one of them out"
+                )
 
     @property
     def model_dtype(self) -> str:

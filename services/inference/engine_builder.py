@@ -91,6 +91,7 @@ def _engine(
 def _plan(config: ServerConfig, model: ModelConfig, memory: DeviceMemory | None) -> MemoryPlan:
     room = Room(
         dtype=model.dtype_name,
+        quantization=config.quantization,
         max_loras=config.adapters.max_loras,
         max_lora_rank=config.adapters.max_lora_rank,
         max_model_len=model.max_model_len,

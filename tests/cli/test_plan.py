@@ -149,6 +149,7 @@ def test_memory_of_a_gpu_from_a_config_alone(tmp_path: Path) -> None:
 def test_memory_of_a_cpu_is_as_the_flags_say(tmp_path: Path) -> None:
     ended = plan_of(tmp_path, "--kv-cache-memory-bytes", str(1 << 30))
     assert "512 blocks of 16 tokens: as the flags say" in ended.stdout
+    assert "int8, the others bfloat16" in plan_of(tmp_path, "--quantization", "int8").stdout
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,7 @@ def test_memory_of_a_cpu_is_as_the_flags_say(tmp_path: Path) -> None:
         (["--device-memory", "10"], 4, "the weights alone do not fit"),
         (["--device-memory", "18", "--max-loras", "8"], 4, "lower --max-loras or --max-lora-rank"),
         (["--dtype", "int8"], 2, "int8"),
+        (["--quantization", "int8", "--tensor-parallel-size", "2"], 2, "--quantization"),
         (["--from-metrics", "usage"], 2, "give one of --from-metrics and --config"),
     ],
 )

@@ -10,24 +10,52 @@ from typing import Any
 import grpc
 
 from multilora.inference.v1 import inference_pb2, inference_pb2_grpc
-from tests.clients import collect
-from tests.parity.oracle import NEAR_TIE, Continuation, assert_same_tokens
+from services.inference.model.compiled_runner import CompiledRunner
+from tests.clients import Answer, collect
+from tests.conftest import InferenceServer
+from tests.parity.oracle import Continuation, assert_same_tokens
 
-__all__ = ["NEAR_TIE", "Stream", "assert_same_tokens", "solo", "token_ids"]
+__all__ = ["Alone", "Stream", "assert_said_alone", "solo", "token_ids"]
 
 
-def solo(address: str, message: inference_pb2.GenerateRequest) -> Continuation:
+@dataclass(frozen=True)
+class Alone(Continuation):
+    """An answer that was given alone.
+
+    logprobs: of its tokens
+    exact: it is the same bits in any company, as the compiled path promises
+    """
+
+    logprobs: list[float]
+    exact: bool
+
+
+def solo(server: InferenceServer, message: inference_pb2.GenerateRequest) -> Alone:
     """A greedy answer, and by how much the best token led at each, from the two best log-probabilities."""
     asked = inference_pb2.GenerateRequest()
     asked.CopyFrom(message)
     asked.request_id = ""
     asked.output.logprobs = 2
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(server.address) as channel:
         events = collect(inference_pb2_grpc.InferenceServiceStub(channel).Generate(asked, timeout=120))
     positions = [position for event in events for position in event.chunk.logprobs]
-    return Continuation(
-        token_ids(events), [position.top[0].logprob - position.top[1].logprob for position in positions]
+    return Alone(
+        token_ids(events),
+        [position.top[0].logprob - position.top[1].logprob for position in positions],
+        [position.chosen.logprob for position in positions],
+        isinstance(server.runner, CompiledRunner),
     )
+
+
+def assert_said_alone(answer: Answer | list[int], expected: Alone, what: str) -> None:
+    """The answer, or its tokens, is what was said alone: exactly, or on the torch path up to a near tie."""
+    found = answer.token_ids if isinstance(answer, Answer) else answer
+    if not expected.exact:
+        assert_same_tokens(found, expected, what)
+        return
+    assert found == expected.token_ids, f"{what}: other tokens than alone"
+    if isinstance(answer, Answer) and answer.logprobs:
+        assert answer.logprobs == expected.logprobs, f"{what}: other bits than alone"
 
 
 def token_ids(events: Sequence[inference_pb2.GenerateResponse]) -> list[int]:

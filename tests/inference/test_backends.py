@@ -48,10 +48,10 @@ def runner(model: Path, tmp_path: Path, sampler: Sampler, dtype: str = "float32"
     return build_runner(config, found, 64, SlotPool(group_shapes(found), found.num_layers, 1, 8, found.dtype), sampler)
 
 
-def prompt_logits(model: Path, tmp_path: Path, dtype: str, cpu_backend: str) -> Tensor:
+def prompt_logits(model: Path, tmp_path: Path, dtype: str, cpu_backend: str, **settings: Any) -> Tensor:
     """[prompts, vocab]: what follows each of PROMPTS."""
     sampler = Listening()
-    running = runner(model, tmp_path, sampler, dtype, cpu_backend=cpu_backend)
+    running = runner(model, tmp_path, sampler, dtype, cpu_backend=cpu_backend, **settings)
     step = []
     for index, prompt in enumerate(PROMPTS):
         request = Request(str(index), prompt, SamplingParams(), StoppingParams(max_tokens=1))
@@ -88,6 +88,36 @@ def test_bfloat16_is_no_worse_than_torch(real_model: Path, tmp_path: Path) -> No
         assert measure((ours - exact).abs()) <= measure((theirs - exact).abs())
     agree = [int((logits.argmax(-1) == exact.argmax(-1)).sum()) for logits in (ours, theirs)]
     assert agree[0] >= agree[1]
+
+
+def test_eight_bits_are_near_what_they_stand_for(tiny_model: Path, tmp_path: Path) -> None:
+    """Beside float32. Random weights: the layers add to the error and know nothing that outweighs it."""
+    exact = prompt_logits(tiny_model, tmp_path, "float32", "compiled")
+    for dtype in ("float32", "bfloat16"):
+        ours = prompt_logits(tiny_model, tmp_path, dtype, "compiled", quantization="int8")
+        assert 0 < float((ours - exact).abs().mean()) < 0.1 * float(exact.std())
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_eight_bits_are_refused_where_nothing_compiles(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--quantization is int8, which the compiled path alone serves"):
+        runner(tiny_model, tmp_path, Sampler(), quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"quantization": "int4"}, "there are none and int8"),
+        ({"device": "cuda"}, "--device cuda is another"),
+        ({"cpu_backend": "torch"}, "--cpu-backend torch is another"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2 is another"),
+    ],
+)
+def test_eight_bits_are_refused_elsewhere(
+    tiny_model: Path, tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"--quantization is .*{says}"):
+        inference_config(tiny_model, tmp_path, **({"quantization": "int8"} | settings))
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -22,8 +22,8 @@ from tests.assets.tiny_model import make_tiny_llama
 from tests.clients import Answer, collect, generate, generate_all, request
 from tests.conftest import TINY_BASE, InferenceServer, StoreProcess, inference_config, run_inference, run_store
 from tests.inference.http.pair import eventually
-from tests.inference.solo import Stream, assert_same_tokens, solo
-from tests.parity.oracle import Continuation, Oracle
+from tests.inference.solo import Alone, Stream, assert_said_alone, solo
+from tests.parity.oracle import Oracle, assert_same_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -63,7 +63,7 @@ class Case:
 
     adapter: str
     prompt: list[int]
-    expected: Continuation
+    expected: Alone
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -143,7 +143,7 @@ def cases(server: InferenceServer) -> list[Case]:
     found = []
     for seed, (adapter, length) in enumerate(zip(itertools.cycle(["", *ADAPTERS]), lengths, strict=False)):
         asked = request(prompt(seed, length), adapter=adapter, max_tokens=TOKENS)
-        found.append(Case(adapter, prompt(seed, length), solo(server.address, asked)))
+        found.append(Case(adapter, prompt(seed, length), solo(server, asked)))
     return found
 
 
@@ -223,6 +223,8 @@ def test_bfloat16(serving: Callable[..., Any], cases: list[Case]) -> None:
     for case, answer in zip(cases, answers, strict=True):
         assert answer.token_ids[0] == case.expected.token_ids[0] or case.expected.leads[0] < 0.3
     assert len({tuple(tokens) for tokens in again}) == len(cases)
+    if cases[0].expected.exact:
+        assert again == [answer.token_ids for answer in answers]
 
 
 # ---- whoever shares the batch
@@ -232,10 +234,12 @@ several = settings(max_examples=8, deadline=None, suppress_health_check=[HealthC
 
 
 def check_mix(server: InferenceServer, cases: list[Case], mix: list[int]) -> None:
-    answers = generate_all(server.address, [message(cases[index]) for index in mix])
-    for index, answer in zip(mix, answers, strict=True):
+    """Every other one asks for its log-probabilities too."""
+    wanted = [{}, {"output": inference_pb2.OutputParams(logprobs=0)}]
+    messages = [message(cases[index], **wanted[place % 2]) for place, index in enumerate(mix)]
+    for index, answer in zip(mix, generate_all(server.address, messages), strict=True):
         case = cases[index]
-        assert_same_tokens(answer.token_ids, case.expected, f"{case.adapter or 'base'}, {len(case.prompt)} tokens")
+        assert_said_alone(answer, case.expected, f"{case.adapter or 'base'}, {len(case.prompt)} tokens")
 
 
 @given(mix=mixes)
@@ -287,7 +291,7 @@ def test_seeds_that_differ(server: InferenceServer) -> None:
 def test_narrowed_to_the_best_it_is_greedy(server: InferenceServer, cases: list[Case], narrow: dict[str, Any]) -> None:
     for case in cases[:4]:
         answer = generate(server.address, message(case, sampling={"seed": 9} | narrow))
-        assert_same_tokens(answer.token_ids, case.expected, str(narrow))
+        assert_said_alone(answer, case.expected, str(narrow))
 
 
 # ---- where it ends

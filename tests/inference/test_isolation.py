@@ -33,7 +33,7 @@ from services.inference.model.sampler import GreedyRows, Sampler
 from tests.assets.random_adapter import make_random_adapter
 from tests.clients import failure, generate, generate_all, request
 from tests.conftest import TINY_BASE, InferenceServer, StoreProcess, inference_config, run_inference, run_store
-from tests.inference.solo import Continuation, Stream, assert_same_tokens, solo
+from tests.inference.solo import Alone, Stream, assert_said_alone, solo
 
 BAD = {"overflowing": 1e30, "bursting": 7e37}
 """Deviations of the weights. The second's product with any row is infinite before it is masked, with the first's only
@@ -57,7 +57,7 @@ def prompt(seed: int, length: int) -> list[int]:
 class Case:
     adapter: str
     prompt: list[int]
-    expected: Continuation
+    expected: Alone
 
     @property
     def name(self) -> str:
@@ -123,13 +123,12 @@ def cases(
     with serving(tiny_model, store, tmp_path_factory.mktemp("reference")) as server:
         for seed, (adapter, length) in enumerate([("", 9), ("", 70), ("thin", 23), ("wide", 5), ("some", 41)]):
             asked = request(prompt(seed, length), adapter=adapter, max_tokens=100)
-            found[f"{adapter or 'base'}-{length}"] = Case(adapter, prompt(seed, length), solo(server.address, asked))
+            found[f"{adapter or 'base'}-{length}"] = Case(adapter, prompt(seed, length), solo(server, asked))
     return found
 
 
 def runner_parts(server: InferenceServer) -> tuple[KVCache | CpuCache, SlotPool]:
-    runner = server.serving.engine.host.engine.engine.runner
-    return runner._cache, runner._pool
+    return server.runner._cache, server.runner._pool
 
 
 def fails(server: InferenceServer, request_id: str = "", *, bad: str = "overflowing") -> None:
@@ -141,11 +140,13 @@ def fails(server: InferenceServer, request_id: str = "", *, bad: str = "overflow
 
 
 def check(server: InferenceServer, cases: Sequence[Case]) -> None:
-    """All at once, then each alone."""
-    for case, answer in zip(cases, generate_all(server.address, [message(case) for case in cases]), strict=True):
-        assert_same_tokens(answer.token_ids, case.expected, f"{case.name}, together")
+    """All at once, every other one with its log-probabilities; then two of them alone."""
+    wanted = [{}, {"output": inference_pb2.OutputParams(logprobs=0)}]
+    messages = [message(case, **wanted[index % 2]) for index, case in enumerate(cases)]
+    for case, answer in zip(cases, generate_all(server.address, messages), strict=True):
+        assert_said_alone(answer, case.expected, f"{case.name}, together")
     for case in cases[:2]:
-        assert_same_tokens(generate(server.address, message(case)).token_ids, case.expected, f"{case.name}, alone")
+        assert_said_alone(generate(server.address, message(case)), case.expected, f"{case.name}, alone")
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -170,7 +171,7 @@ def test_a_bad_adapter_fails_alone_in_a_shared_batch(
                 server.wait_in_flight("bad")
             failed.result()
             for name, stream in zip(beside, streams, strict=True):
-                assert_same_tokens(stream.rest(), cases[name].expected, name)
+                assert_said_alone(stream.rest(), cases[name].expected, name)
         shared = [step for step in server.steps if "bad" in step.request_ids]
         assert shared
         for name in beside:
@@ -205,7 +206,7 @@ def test_rows_of_nan_that_decode_beside_others(
         messages = [worst, *[message(case, request_id=name) for name, case in cases.items()]]
         _, *answers = generate_all(server.address, messages)
         for (name, case), answer in zip(cases.items(), answers, strict=True):
-            assert_same_tokens(answer.token_ids, case.expected, name)
+            assert_said_alone(answer, case.expected, name)
         assert sampler.non_finite == 100
         for name in cases:
             together = [step for step in server.steps if {"bad", name} <= set(step.request_ids)]
@@ -283,7 +284,7 @@ def test_one_slot_from_hand_to_hand(
     with serving(tiny_model, store, tmp_path, max_loras=1, max_cpu_loras=1, blocks=20) as server:
         for name in ("thin-23", "wide-5", "some-41"):
             fails(server)
-            assert_same_tokens(generate(server.address, message(cases[name])).token_ids, cases[name].expected, name)
+            assert_said_alone(generate(server.address, message(cases[name])), cases[name].expected, name)
         slots = {adapter.slot for adapter in server.stats().adapters if adapter.tier == "GPU"}
         assert slots == {0}
         assert server.stats().slot_evictions == 5

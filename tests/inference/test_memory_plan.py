@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lora_kernels import PAGE_ROWS
+from lora_kernels.cpu import Packer
 from services.common import memory_plan
 from services.common.errors import FailedPrecondition
 from services.common.memory_plan import Device, MemoryPlan, Room, plan_memory
@@ -34,6 +35,7 @@ from services.inference.model.memory import CPU
 from services.inference.model.weights import load_weights
 from services.inference.model.widest_step import token_counts
 from services.inference.parallel.shard import Shard
+from tests.assets.tiny_model import make_tiny_llama
 from tests.conftest import inference_config
 from tests.inference.adapters.lanes import HeldLanes
 
@@ -172,6 +174,19 @@ def test_the_numbers_are_those_of_the_tensors(ranks: int, tiny_model: Path) -> N
 def staging_of(pool: SlotPool) -> int:
     assert pool._copies is not None
     return sum(next(pool._copies._buffers).values.nbytes for _ in range(memory_plan.STAGING_BUFFERS))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_in_eight_bits_are_the_packers(tmp_path: Path, tied: bool) -> None:
+    path = make_tiny_llama(tmp_path / "model", tie_word_embeddings=tied)
+    model = load_config(path, dtype="bfloat16", max_model_len=256)
+    plan = plan_memory(model.hf_config, replace(ROOM, quantization="int8", max_model_len=256), kv_cache_bytes=1 << 20)
+    weights, packer = load_weights(path, model), Packer(int8=True)
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    packed = [name for name in weights if name.endswith("_proj.weight") or name == head]
+    held = _bytes(packer.pack(weights.pop(name)) for name in packed) + _bytes(weights.values())
+    assert plan.weights == held + _bytes(RotaryEmbedding(model, CPU).at(torch.arange(256)))
+    assert plan.rows()[0].how == "int8, the others bfloat16"
 
 
 def _bytes(tensors: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import random
 from collections.abc import Sequence
@@ -127,7 +128,7 @@ class Machine:
         )
         self._free = list(range(1, blocks))
         shuffled.shuffle(self._free)
-        packer = Packer(library)
+        packer = Packer(library, int8=shape.int8)
         cosines, sines = rotary(shape.head_dim)
         self.decoder = CpuDecoder(
             shape,
@@ -222,10 +223,28 @@ class Machine:
         return weights
 
 
-def small_shape(dtype: torch.dtype = torch.float32, **sizes: int) -> DecoderShape:
+def in_float32(model: RandomModel) -> RandomModel:
+    """The same model with the weights that its eight bits say, its adapters untouched."""
+    shape = dataclasses.replace(model.shape, int8=False)
+    made = dataclasses.replace(model, shape=shape, linears=[], norms=[], adapters=[], embeddings=[])
+    made.linears[:] = [[dequantised(weight) for weight in layer] for layer in model.linears]
+    made.embeddings[-1] = dequantised(model.embeddings[-1])
+    return made
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    """What eight bits keep of a weight [out, in], in float32: of 32 inputs the largest is 127 steps."""
+    out, width = weight.shape
+    groups = torch.nn.functional.pad(weight.float(), (0, -width % 32)).view(out, -1, 32)
+    scales = groups.abs().amax(-1, keepdim=True) / 127
+    steps = torch.where(scales > 0, groups / scales, 0).round().clamp(-127, 127)
+    return (steps * scales).view(out, -1)[:, :width].contiguous()
+
+
+def small_shape(dtype: torch.dtype = torch.float32, *, int8: bool = False, **sizes: int) -> DecoderShape:
     """Odd sizes wherever they may be: nothing is a multiple of a panel or a register."""
     usual = {"vocab": 101, "hidden": 72, "inner": 88, "heads": 6, "kv_heads": 2, "head_dim": 16}
-    return DecoderShape(**(usual | sizes), norm_eps=1e-5, dtype=dtype)
+    return DecoderShape(**(usual | sizes), norm_eps=1e-5, dtype=dtype, int8=int8)
 
 
 def linear_sizes(shape: DecoderShape) -> list[tuple[int, int]]:

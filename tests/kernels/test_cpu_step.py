@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_kernels import BASE_ROW
 from lora_kernels.cpu import CpuCache, InvalidStepError, load_library
 from lora_kernels.cpu.build import LEVELS, level_of_this_machine
-from tests.kernels.cpu_model import Machine, RandomModel, Story, alone, random_sequences, small_shape
+from tests.kernels.cpu_model import Machine, RandomModel, Story, alone, in_float32, random_sequences, small_shape
 
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
 """Of logits of order five after two layers; in bf16 a value on the edge between two may round either way."""
@@ -80,15 +80,15 @@ def test_a_context_of_several_parts() -> None:
 
 
 @functools.cache
-def machine(threads: int, seed: int, dtype: torch.dtype) -> Machine:
+def machine(threads: int, seed: int, dtype: torch.dtype, int8: bool = False) -> Machine:
     """The seed shuffles slots, pages and blocks; the model is the same."""
-    return Machine(RandomModel(small_shape(dtype)), threads=threads, seed=seed)
+    return Machine(RandomModel(small_shape(dtype, int8=int8)), threads=threads, seed=seed)
 
 
 @functools.cache
-def solo_logits(length: int, index: int, dtype: torch.dtype) -> Tensor:
+def solo_logits(length: int, index: int, dtype: torch.dtype, int8: bool = False) -> Tensor:
     """A token a step, nobody beside it: what every other way must equal bit by bit."""
-    return alone(machine(1, 0, dtype), story(length, index))
+    return alone(machine(1, 0, dtype, int8), story(length, index))
 
 
 def story(length: int, index: int) -> Story:
@@ -116,15 +116,66 @@ def schedules(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[list[tuple[i
     return stories, steps
 
 
+@pytest.mark.parametrize("int8", [False, True], ids=["as-stored", "int8"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @settings(max_examples=15, deadline=None)
 @given(schedule=schedules(), threads=st.integers(1, 3), seed=st.integers(0, 3))
-def test_bits_do_not_depend_on_the_batch(dtype: torch.dtype, schedule: Any, threads: int, seed: int) -> None:
+def test_bits_do_not_depend_on_the_batch(
+    dtype: torch.dtype, int8: bool, schedule: Any, threads: int, seed: int
+) -> None:
     """Any company, any chunks, any slots, pages and blocks, any number of threads."""
     named, steps = schedule
-    found = machine(threads, seed, dtype).run([story(*name) for name in named], steps)
+    found = machine(threads, seed, dtype, int8).run([story(*name) for name in named], steps)
     for name, logits in zip(named, found, strict=True):
-        assert torch.equal(logits, solo_logits(*name, dtype)), f"a story of {name} differs"
+        assert torch.equal(logits, solo_logits(*name, dtype, int8)), f"a story of {name} differs"
+
+
+# ---- base weights in eight bits
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
+@pytest.mark.parametrize("tied", [True, False])
+@settings(max_examples=8, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    hidden=st.sampled_from([32, 40, 72, 160]),
+    inner=st.sampled_from([33, 64, 130]),
+    scale=st.sampled_from([1.0, 1e-3, 3.0]),
+)
+def test_eight_bits_are_the_weights_they_stand_for(
+    level: str, tied: bool, counts: list[int], hidden: int, inner: int, scale: float
+) -> None:
+    """Bit for bit what float32 makes of the values that the eight bits and their scales say."""
+    model = RandomModel(small_shape(int8=True, hidden=hidden, inner=inner), layers=1, tied=tied)
+    for weight in model.linears[0]:
+        weight[:, ::3] *= scale
+        weight[1] = 0
+    stories = random_sequences(7, counts, adapters=3)
+    steps = [[(index, count) for index, count in enumerate(counts)]]
+    library = load_library(level)
+    ours, exact = (Machine(each, library=library).run(stories, steps) for each in (model, in_float32(model)))
+    for eight, full in zip(ours, exact, strict=True):
+        assert torch.equal(eight, full)
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_eight_bits_beside_adapters_and_a_cache_of_either_dtype(level: str, dtype: torch.dtype) -> None:
+    """Their inputs stay float32 where the processor multiplies bf16, too."""
+    model = RandomModel(small_shape(dtype, int8=True))
+    stories = random_sequences(1, [40, 23, 70, 9], adapters=3)
+    steps = [[(0, 39), (1, 5)], [(0, 1), (1, 18), (2, 65)], [(2, 1), (3, 9)], *[[(2, 1)]] * 4]
+    found = Machine(model, threads=2, library=load_library(level)).run(stories, steps)
+    for story, logits in zip(stories, found, strict=True):
+        expected = in_float32(model).reference(story.tokens, story.adapter)
+        assert float((logits.double() - expected).abs().max()) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_eight_bits_do_not_hide_what_is_not_finite(value: float) -> None:
+    model = RandomModel(small_shape(int8=True))
+    model.linears[0][6][3, 5] = value
+    assert not Machine(model).result(story(17, 0)).finite.any()
 
 
 def test_the_best_token_comes_with_the_step() -> None:

@@ -26,7 +26,11 @@ LANES = 16
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """A Llama-family decoder. dtype: of weights, adapters and cache, float32 or bfloat16."""
+    """A Llama-family decoder.
+
+    dtype: of weights, adapters and cache, float32 or bfloat16
+    int8: whether what is packed of the base weights is in eight bits, whatever the dtype
+    """
 
     vocab: int
     hidden: int
@@ -36,6 +40,7 @@ class DecoderShape:
     head_dim: int
     norm_eps: float
     dtype: torch.dtype
+    int8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +90,23 @@ class StepResult:
 
 
 class Packer:
-    """Lays base weights [out, in] out as panels: [ceil(out / 32), in, 32], columns past `out` zero. See multiply.h."""
+    """Lays base weights [out, in] out as panels: [ceil(out / 32), in, 32], columns past `out` zero. See multiply.h.
 
-    def __init__(self, library: ctypes.CDLL | None = None) -> None:
+    int8: in eight bits instead, with a float32 scale for every 32 inputs of a row, the largest of them ÷ 127
+    """
+
+    def __init__(self, library: ctypes.CDLL | None = None, *, int8: bool = False) -> None:
         self._library = library or load_library()
+        self._int8 = int8
 
     def pack(self, weight: Tensor) -> Tensor:
         weight = weight.contiguous()
         out, width = weight.shape
+        if self._int8:
+            packed = torch.empty(self._library.multilora_quantised_bytes(out, width), dtype=torch.uint8)
+            to = packed.data_ptr()
+            self._library.multilora_quantise(weight.data_ptr(), out, width, to, _is_bf16(weight.dtype))
+            return packed
         even = width + width % 2  # what some levels pack in pairs
         packed = torch.empty((-(-out // COLUMNS), even, COLUMNS), dtype=weight.dtype)
         self._library.multilora_pack(weight.data_ptr(), out, width, packed.data_ptr(), _is_bf16(weight.dtype))
@@ -136,7 +150,7 @@ class CpuDecoder:
         self._logits = np.empty((0, -(-shape.vocab // COLUMNS) * COLUMNS), np.float32)
         self._read_in_place = (layers, norm, head, embedding, cosines, sines, cache, lora, tables)
         model = structs.model(shape, layers, norm, head, embedding, cosines, sines, cache, lora, tables)
-        handle = self._library.multilora_open(ctypes.byref(model), threads, _is_bf16(shape.dtype))
+        handle = self._library.multilora_open(ctypes.byref(model), threads, _is_bf16(shape.dtype), shape.int8)
         if not handle:
             raise MemoryError("the compiled backend found no memory or threads to start with")
         self._handle = handle

@@ -19,6 +19,7 @@ from services.bench.adapters import linear_shapes as bench_shapes
 from services.bench.adapters import random_adapter
 from services.bench.fleet import DEVIATION
 from services.common.gguf_config import open_gguf
+from services.common.memory_plan import INT8_BLOCK, INT8_BLOCK_BYTES
 from services.common.process import settle
 from services.common.profile import linear_shapes, profile_from_config
 from services.inference.adapters.packed_adapter import BaseModelShapes, PackedAdapter
@@ -50,10 +51,22 @@ class Bare:
     seconds_to_build: reading and packing the weights
     """
 
-    def __init__(self, path: Path, *, backend: str, dtype: str, threads: int, max_loras: int, longest: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        backend: str,
+        dtype: str,
+        threads: int,
+        max_loras: int,
+        longest: int,
+        quantization: str = "none",
+    ) -> None:
         self.model: ModelConfig = load_config(path, dtype=dtype)
         room = AdapterConfig(max_loras=max_loras, max_lora_rank=MAX_RANK)
-        self.config = ServerConfig(model=path, dtype=dtype, cpu_backend=backend, threads=threads, adapters=room)
+        self.config = ServerConfig(
+            model=path, dtype=dtype, quantization=quantization, cpu_backend=backend, threads=threads, adapters=room
+        )
         self._blocks_each = -(-longest // self.config.block_size)
         self._num_blocks = 1 + max_loras * self._blocks_each
         self.pool = SlotPool(group_shapes(self.model), self.model.num_layers, max_loras, MAX_RANK, self.model.dtype)
@@ -68,7 +81,10 @@ class Bare:
         """Read by every step: all but the norms, and an embedding that is not also the head, of which rows are read."""
         skipped = set() if self.model.tie_word_embeddings else {"model.embed_tokens.weight"}
         shapes = {name: shape for name, shape in expected_shapes(self.model).items() if name not in skipped}
-        return sum(int(np.prod(shape)) for shape in shapes.values()) * self.model.dtype.itemsize
+        numbers = sum(int(np.prod(shape)) for shape in shapes.values())
+        if self.config.quantization == "none":
+            return numbers * self.model.dtype.itemsize
+        return numbers * INT8_BLOCK_BYTES // INT8_BLOCK**2
 
     @property
     def cache_bytes(self) -> int:

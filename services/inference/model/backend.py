@@ -45,13 +45,14 @@ class RunnerMaker(Protocol):
 def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool: SlotPool, sampler: Sampler) -> Runner:
     """Load the weights and set the KV cache aside, for the path that the settings and this machine allow.
 
-    Raises ConfigError when the compiled path is asked for and cannot be had.
+    Raises ConfigError when the compiled path is asked for, or eight bits are, and it cannot be had.
     """
     if device_of(config) != CPU or not _compiled_can_be_had(config):
         return _torch_runners(config, model, pool, sampler, None)(num_blocks)
     threads, weights = set_threads(config), load_weights(config.model, model)
     cache = compiled_cache(model, num_blocks, config.block_size)
-    return CompiledRunner(compiled_decoder(model, weights, cache, pool, threads), cache, pool, sampler)
+    decoder = compiled_decoder(model, weights, cache, pool, threads, int8=config.quantization == "int8")
+    return CompiledRunner(decoder, cache, pool, sampler)
 
 
 def build_planned_runner(
@@ -199,7 +200,13 @@ def _compiled_can_be_had(config: ServerConfig) -> bool:
     except UnavailableError as error:
         if config.cpu_backend == "compiled":
             raise ConfigError(f"--cpu-backend is compiled, which cannot be had: {error}") from error
+        if config.quantization != "none":
+            raise ConfigError(
+                f"--quantization is {config.quantization}, which the compiled path alone serves, and it cannot be had: "
+                f"{error}"
+            ) from error
         log.warning("the model runs in torch; the compiled path, several times faster, cannot be had: %s", error)
         return False
-    log.info("the model runs compiled, for %s", level_of_this_machine())
+    bits = "" if config.quantization == "none" else f", base weights in {config.quantization}"
+    log.info("the model runs compiled, for %s%s", level_of_this_machine(), bits)
     return True

@@ -80,10 +80,19 @@ def compiled_cache(config: ModelConfig, num_blocks: int, block_size: int) -> Cpu
 
 
 def compiled_decoder(
-    config: ModelConfig, weights: dict[str, Tensor], cache: CpuCache, pool: SlotPool, threads: int
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    cache: CpuCache,
+    pool: SlotPool,
+    threads: int,
+    *,
+    int8: bool = False,
 ) -> CpuDecoder:
-    """Pack the weights. They are taken out of `weights` one by one, so each is in memory once, packed or not."""
-    packer = Packer()
+    """Pack the weights. They are taken out of `weights` one by one, so each is in memory once, packed or not.
+
+    int8: linears, head and the embedding that is tied to it, in eight bits
+    """
+    packer = Packer(int8=int8)
     angles = torch.outer(torch.arange(config.max_model_len).float(), inverse_frequencies(config))
     embedding = None if config.tie_word_embeddings else weights.pop("model.embed_tokens.weight")
     head = weights.pop("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
@@ -97,6 +106,7 @@ def compiled_decoder(
             head_dim=config.head_dim,
             norm_eps=config.rms_norm_eps,
             dtype=config.dtype,
+            int8=int8,
         ),
         [_layer(weights, f"model.layers.{index}.", packer) for index in range(config.num_layers)],
         norm=weights.pop("model.norm.weight").float(),

@@ -119,13 +119,13 @@ class Attention {
     const int queries = tile.rows * group_;
     float* scores = scores_.at_least(size_t(queries) * KEYS);
     for (int c = 0; c < columns; c += COLUMNS)
-      multiply(queries, q, dim_, k + c, KEYS, dim_, scores + c, KEYS, false);
+      multiply(queries, q, dim_, Strided<float>{k + c, KEYS}, dim_, scores + c, KEYS, false);
     for (int i = 0; i < queries; ++i) {
       const int visible = std::min(count, batch.positions[tile.first + i / group_] - start + 1);
       weigh(scores + i * KEYS, columns, visible, state + size_t(i) * state_size());
     }
     for (int c = 0; c < width_; c += COLUMNS)
-      multiply(queries, scores, KEYS, v + c, width_, count, state + 2 + c, state_size(), true);
+      multiply(queries, scores, KEYS, Strided<float>{v + c, size_t(width_)}, count, state + 2 + c, state_size(), true);
   }
 
   // Ask memory for LANES positions of the tile after this one: blocks lie anywhere, and no hardware guesses where.

@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -68,22 +69,19 @@ constexpr int B_AHEAD = 256;
 
 int padded(int64_t columns) { return int((columns + COLUMNS - 1) / COLUMNS * COLUMNS); }
 
-// Base weights as they lie packed, and what a product takes of their input, by how adapters and cache are stored.
+// Base weights as they lie packed in their own dtype, which is also how adapters and cache are stored.
 template <class T>
 struct Packed;
 template <>
 struct Packed<float> {
   using Weight = float;
-  using Input = float;
 };
 template <>
 struct Packed<BFloat16> {
 #if defined(__AVX512BF16__)
   using Weight = PairedInputs;
-  using Input = BFloat16;
 #else
   using Weight = PairedBFloat16;
-  using Input = float;
 #endif
 };
 
@@ -129,11 +127,12 @@ class Engine {
   virtual void step(const Batch& batch) = 0;
 };
 
-template <class T>
+// T: how adapters and cache are stored; Weight: how base weights are.
+template <class T, class Weight = typename Packed<T>::Weight>
 class Decoder final : public Engine {
  public:
-  using Weight = typename Packed<T>::Weight;
-  using Input = typename Packed<T>::Input;
+  // What a product takes of its input.
+  using Input = std::conditional_t<std::is_same_v<Weight, PairedInputs>, BFloat16, float>;
   static constexpr bool ROUNDS = !std::is_same_v<Input, float>;
 
   Decoder(const Model& model, int threads)
@@ -247,7 +246,7 @@ class Decoder final : public Engine {
       for (int k = 0; k < hidden; ++k) x[k] = widen(from[k]);
     } else {
       const Weight* panel = panel_of(model_.head, token / COLUMNS, hidden);
-      for (int k = 0; k < hidden; ++k) x[k] = widen(panel[place_in_panel(panel, k, token % COLUMNS)]);
+      for (int k = 0; k < hidden; ++k) x[k] = weight_at(panel, k, token % COLUMNS);
     }
   }
 
@@ -438,7 +437,7 @@ class Decoder final : public Engine {
     }
   }
 
-  const Weight* panel_of(const Linear& linear, int panel, int depth) const {
+  static const Weight* panel_of(const Linear& linear, int panel, int depth) {
     const Weight* panels = static_cast<const Weight*>(linear.weight);
     return panels + size_t(panel) * panel_size(panels, depth);
   }
@@ -460,7 +459,7 @@ class Decoder final : public Engine {
       const Weight* weight = panel_of(linear, place - starts[index], depth);
       float* out = y + size_t(first) * y_stride + size_t(place) * COLUMNS;
       if (here > ROWS) multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
-      else if (!after) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), weight, COLUMNS, depth, out, y_stride, false);
+      else if (!after) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), walk(weight), depth, out, y_stride, false);
       else multiply_asking(group, *after, place, panels, here, x[first], x.stride(), weight, out, y_stride);
     });
   }
@@ -470,11 +469,11 @@ class Decoder final : public Engine {
                        int x_stride, const Weight* weight, float* y, int y_stride) const {
     constexpr int INPUTS = 128;  // fine enough to share out what is asked for
     const int blocks = (group.depth + INPUTS - 1) / INPUTS;
-    for (int block = 0; block < blocks; ++block, x += INPUTS, weight += INPUTS * COLUMNS) {
+    for (int block = 0; block < blocks; ++block, x += INPUTS, weight = past(weight, INPUTS)) {
       const int here = std::min(INPUTS, group.depth - block * INPUTS);
       const Ask ask = adapters_of(group, after, panel * blocks + block, panels * blocks);
-      if (ask.bytes == 0) multiply<WEIGHTS_AHEAD>(rows, x, x_stride, weight, COLUMNS, here, y, y_stride, block > 0);
-      else multiply<WEIGHTS_AHEAD>(rows, x, x_stride, weight, COLUMNS, here, y, y_stride, block > 0, ask);
+      if (ask.bytes == 0) multiply<WEIGHTS_AHEAD>(rows, x, x_stride, walk(weight), here, y, y_stride, block > 0);
+      else multiply<WEIGHTS_AHEAD>(rows, x, x_stride, walk(weight), here, y, y_stride, block > 0, ask);
     }
   }
 
@@ -498,22 +497,20 @@ class Decoder final : public Engine {
   // As multiply, in the same order: sums wait in y from one block of inputs to the next.
   static void multiply_blocks(float* widened, int rows, const Input* x, int x_stride, const Weight* weight, int depth,
                               float* y, int y_stride) {
-    const bool widen = std::is_same_v<Weight, PairedBFloat16> && rows > PRODUCTS_UNWIDENED * ROWS;
+    const bool widen = !std::is_same_v<Weight, float> && !ROUNDS && rows > PRODUCTS_UNWIDENED * ROWS;
     constexpr int most = INPUTS<Weight>;
     for (int start = 0; start < depth; start += most, x += most) {
       const int here = std::min(most, depth - start);
       const Weight* block = weight;
-      weight += size_t(here) * COLUMNS;
-      const size_t next = size_t(here) * COLUMNS * sizeof(Weight);
+      weight = past(weight, here);
+      const Ask next{weight, (weight - block) * sizeof(Weight)};
       if (!widen) {
-        multiply(rows, x, x_stride, block, COLUMNS, here, y, y_stride, start > 0, Ask{weight, next});
+        multiply(rows, x, x_stride, walk(block), here, y, y_stride, start > 0, next);
         continue;
       }
       if constexpr (!ROUNDS) {
-        for (int k = 0; k < here; ++k)
-          for (int i = 0; i < REGISTERS; ++i)
-            store(widened + k * COLUMNS + i * LANES, load_columns(block + k * COLUMNS, i));
-        multiply(rows, x, x_stride, widened, COLUMNS, here, y, y_stride, start > 0, Ask{weight, next});
+        widen_panel(block, here, widened);
+        multiply(rows, x, x_stride, walk<float>(widened), here, y, y_stride, start > 0, next);
       }
     }
   }
@@ -537,12 +534,13 @@ class Decoder final : public Engine {
         for (int column = first; column < end; column += COLUMNS) {
           float* out = y[segment.first] + offset + column;
           if (column + COLUMNS <= linear.out) {
-            multiply<B_AHEAD>(segment.rows, s, columns, b + column, linear.out, here, out, y.stride(), true);
+            const Strided<T> of_linear{b + column, size_t(linear.out)};
+            multiply<B_AHEAD>(segment.rows, s, columns, of_linear, here, out, y.stride(), true);
           } else {  // the linear ends within this panel
             std::memset(mine.tail, 0, sizeof mine.tail);
             for (int r = 0; r < here; ++r)
               std::memcpy(mine.tail + r * COLUMNS, b + r * linear.out + column, (end - column) * sizeof(T));
-            multiply(segment.rows, s, columns, mine.tail, COLUMNS, here, out, y.stride(), true);
+            multiply(segment.rows, s, columns, walk<T>(mine.tail), here, out, y.stride(), true);
           }
         }
       }
@@ -575,18 +573,48 @@ void pack(const T* from, int64_t out, int64_t in, Weight* to) {
   }
 }
 
+// The same in eight bits: the largest of SCALED inputs becomes 127, the others round to nearest, ties to even. A NaN or
+// infinity makes all that share its scale NaN.
+template <class T>
+void quantise(const T* from, int64_t out, int64_t in, Int8Block* to) {
+  for (int64_t first = 0; first < out; first += COLUMNS)
+    for (int64_t start = 0; start < in; start += SCALED, ++to) {
+      std::memset(static_cast<void*>(to), 0, sizeof *to);
+      const int inputs = int(std::min<int64_t>(SCALED, in - start));
+      for (int column = 0; column < std::min<int64_t>(COLUMNS, out - first); ++column) {
+        float values[SCALED], most = 0;
+        for (int k = 0; k < inputs; ++k) {
+          values[k] = widen(from[(first + column) * in + start + k]);
+          const float size = std::abs(values[k]);
+          most = most >= size || most != most ? most : size;
+        }
+        const float scale = most / 127;
+        to->scales[column] = scale < std::numeric_limits<float>::infinity() ? scale : std::nanf("");
+        if (!(to->scales[column] > 0)) continue;
+        for (int k = 0; k < inputs; ++k)
+          to->values[k][column] = int8_t(std::clamp(std::nearbyint(values[k] / scale), -127.0f, 127.0f));
+      }
+    }
+}
+
+template <class T>
+Engine* open(const Model& model, int threads, bool int8) {
+  if (int8) return new Decoder<T, Int8Block>(model, threads);
+  return new Decoder<T>(model, threads);
+}
+
 }  // namespace
 }  // namespace multilora
 
-// ---- What Python calls. `bf16`: how weights, adapters and cache are stored; else float32.
+// ---- What Python calls. `bf16`: how weights, adapters and cache are stored; else float32. `int8`: base weights in eight
+// bits, whatever the others are.
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Null when there is no memory or no thread to be had.
-EXPORT void* multilora_open(const multilora::Model* model, int threads, int bf16) try {
+EXPORT void* multilora_open(const multilora::Model* model, int threads, int bf16, int int8) try {
   using namespace multilora;
-  Engine* engine = bf16 ? static_cast<Engine*>(new Decoder<BFloat16>(*model, threads)) : new Decoder<float>(*model, threads);
-  return engine;
+  return bf16 ? open<BFloat16>(*model, threads, int8) : open<float>(*model, threads, int8);
 } catch (...) {
   return nullptr;
 }
@@ -605,4 +633,16 @@ EXPORT void multilora_pack(const void* from, int64_t out, int64_t in, void* to, 
   using namespace multilora;
   if (bf16) pack(static_cast<const BFloat16*>(from), out, in, static_cast<Packed<BFloat16>::Weight*>(to));
   else pack(static_cast<const float*>(from), out, in, static_cast<float*>(to));
+}
+
+// The bytes of a linear's weights in eight bits.
+EXPORT int64_t multilora_quantised_bytes(int64_t out, int64_t in) {
+  using namespace multilora;
+  return padded(out) / COLUMNS * ((in + SCALED - 1) / SCALED) * int64_t(sizeof(Int8Block));
+}
+
+EXPORT void multilora_quantise(const void* from, int64_t out, int64_t in, void* to, int bf16) {
+  using namespace multilora;
+  if (bf16) quantise(static_cast<const BFloat16*>(from), out, in, static_cast<Int8Block*>(to));
+  else quantise(static_cast<const float*>(from), out, in, static_cast<Int8Block*>(to));
 }

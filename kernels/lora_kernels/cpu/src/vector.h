@@ -27,6 +27,7 @@ constexpr int LANES = 4;  // SSE, NEON
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Bytes = int8_t __attribute__((vector_size(LANES)));
 using HalfWords = uint16_t __attribute__((vector_size(2 * LANES)));
 
 // The upper half of a float32: a stored value, widened before anything is computed with it.
@@ -61,6 +62,17 @@ inline Floats load(const BFloat16* from) {
   HalfWords halves;
   std::memcpy(&halves, from, sizeof halves);
   return bits_of<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline Floats load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return bits_of<Floats>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#elif defined(__AVX2__)
+  return bits_of<Floats>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#endif
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, Floats);
 }
 
 inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
