@@ -114,10 +114,10 @@ gpu:
 	@$(PYTHON) -c 'import torch, triton' || { echo 'no torch or no triton for $(PYTHON): name another with PYTHON=...'; exit 1; }
 	@$(GPU_PYTHON) -m kernels.bench.cuda
 
-test-gpu: gpu ## the kernels on a CUDA GPU; on any image with torch and triton
+test-gpu: gpu ## the kernels and the engine's runner on a CUDA GPU; on any image with torch and triton
 	@$(GPU_PYTHON) -c 'import pytest, pytest_timeout, hypothesis' 2>/dev/null || $(PYTHON) -m pip install --quiet \
 	    --disable-pip-version-check --constraint constraints.txt --target .data/gpu-tests $(GPU_TESTS)
-	$(GPU_PYTHON) -m pytest -q -m cuda --confcutdir tests/kernels tests/kernels
+	$(GPU_PYTHON) -m pytest -q -m cuda --confcutdir tests/kernels tests/kernels tests/inference/test_gpu_runner_cuda.py
 
 bench-gpu: gpu ## the kernels beside the base, the bytes, vLLM's and SGLang's (BENCH_FLAGS=--quick: a fifth)
 	@$(GPU_PYTHON) -m kernels.bench.lora $(BENCH_FLAGS)

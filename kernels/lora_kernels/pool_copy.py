@@ -29,6 +29,10 @@ class PageCopy(NamedTuple):
     stride: int
 
 
+PageCopies = Sequence[PageCopy] | NDArray[np.int64]
+"""Some of them, or the same as an array [n, fields of `PageCopy`]."""
+
+
 class StagedRows(NamedTuple):
     """One adapter's A or B in a staged run: `rank` rows, `stride` values apart, the first at `offset`.
 
@@ -76,7 +80,7 @@ def move_copies(pool: Tensor, within: Tensor, moves: Sequence[tuple[int, int]]) 
     return [PageCopy(start + old * size, start + new * size, PAGE_ROWS, width, width) for old, new in moves]
 
 
-def scatter(pool: Tensor, staged: Tensor, copies: Sequence[PageCopy]) -> None:
+def scatter(pool: Tensor, staged: Tensor, copies: PageCopies) -> None:
     """Copy rows of a staged run into the pool, casting to its dtype, without waiting for the device.
 
     Semantics:

@@ -8,7 +8,7 @@ graph that was captured over them serves every batch that fits, whatever adapter
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,7 +47,6 @@ class WorkList:
     items: Tensor
     counts: Tensor
     overflows: int = 0
-    _pinned: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def allocate(
@@ -76,7 +75,7 @@ class WorkList:
 
         Rows short of `rows` are padded with the base model's. False, counted in `overflows`: the batch needs more rows
         or items than there are, nothing was copied, and the caller takes a list of the batch's own.
-        The copy before this one must have been read: a step ends before the next is staged.
+        From memory of its own, so the copy before may be on its way still; what reads the buffers comes before it.
 
         row_slots: each row's slot or `BASE_ROW`
         pages_of_slot: [slots], each slot's pages in its widest slice
@@ -91,13 +90,12 @@ class WorkList:
         if not self._fits(rows, pages):
             self.overflows += 1
             return False
-        if self._pinned is None:
-            self._pinned = torch.empty(self.packed.shape, dtype=torch.int32, pin_memory=self.packed.is_cuda)
-        staged = self._pinned.numpy()
+        pinned = torch.empty(self.packed.shape, dtype=torch.int32, pin_memory=self.packed.is_cuda)
+        staged = pinned.numpy()
         staged[: len(rows)] = rows
         staged[len(rows) : self.rows] = BASE_ROW
         staged[self.rows :] = pages
-        self.packed.copy_(self._pinned, non_blocking=True)
+        self.packed.copy_(pinned, non_blocking=True)
         return True
 
     def _fits(self, rows: NDArray[np.int32], pages_of_slot: NDArray[np.int32]) -> bool:

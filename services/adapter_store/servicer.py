@@ -16,7 +16,7 @@ from services.adapter_store import convert
 from services.adapter_store.blobs.interface import BlobReader
 from services.adapter_store.feed import Feed
 from services.adapter_store.store import AdapterStore
-from services.common.auth.callers import referenced
+from services.common.auth.callers import check_still_known, referenced
 from services.common.errors import DataLoss
 from services.common.wire import MAX_HEAD_BYTES, pull_head
 
@@ -88,4 +88,5 @@ class AdapterStoreServicer(store_pb2_grpc.AdapterStoreServiceServicer):
         self, request: store_pb2.WatchAdaptersRequest, context: Context
     ) -> AsyncIterator[store_pb2.WatchAdaptersResponse]:
         async for event in self._feed.watch(request.after_revision, request.epoch):
+            check_still_known()
             yield convert.watch_message(event)

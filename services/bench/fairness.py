@@ -21,7 +21,14 @@ from services.bench.load.plots import plot
 from services.bench.results import Figure, Result, print_table, write_lines
 from services.inference.config import SchedulerConfig
 from services.inference.engine.interfaces import Lack
-from services.inference.engine.request import AdapterVersion, Request, RequestStatus, SamplingParams, StoppingParams
+from services.inference.engine.request import (
+    PENDING,
+    AdapterVersion,
+    Request,
+    RequestStatus,
+    SamplingParams,
+    StoppingParams,
+)
 from services.inference.engine.scheduler import Scheduler
 
 SLOTS, QUANTUM = 8, 32
@@ -45,7 +52,7 @@ class DictSlots:
     def tier(self, adapter: AdapterVersion) -> str:
         return "GPU" if adapter.digest in self._slots else "CPU"
 
-    def acquire(self, adapter: AdapterVersion) -> int | Lack:
+    def acquire(self, adapter: AdapterVersion, **_: bool) -> int | Lack:
         if adapter.digest not in self._slots:
             idle = next((digest for digest in self._slots if digest not in self._held), None)
             if not self._free and idle is None:
@@ -88,17 +95,17 @@ class Simulation:
     def step(self) -> None:
         """Schedule, and do to the requests what the engine does after a run."""
         step = self.scheduler.schedule()
-        for scheduled in step:
-            request, samples = scheduled.request, scheduled.samples
-            self.scheduler.advance(scheduled)
-            if samples:
-                request.token_ids.append(self._random.randrange(1000))
+        self.scheduler.launched(step)
+        for request in [scheduled.request for scheduled in step]:
+            self.scheduler.kv.remember(request, request.num_computed_tokens)
+            if request.token_ids[-1] == PENDING:
+                request.token_ids[-1] = self._random.randrange(1000)
                 self.tokens[request.tenant] += 1
                 if request.num_output_tokens == request.stopping.max_tokens:
                     self.scheduler.finish(request, RequestStatus.FINISHED_LENGTH)
                     assert request.adapter is not None
                     self._send(request.adapter)
-        self.scheduler.end_step(step, 0.0)
+        self.scheduler.took(step, 0.0)
 
     def _send(self, adapter: AdapterVersion) -> None:
         self._sent += 1

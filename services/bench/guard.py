@@ -47,7 +47,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-guard-") as directory:
         results = write_lines(run(Path(directory), options.calls, options.rounds), options.out)
     print_table(results, console, "Asking who calls")
-    return 0
+    return int(any(figure.passed is False for result in results for figure in result.figures))
 
 
 def run(work: Path, calls: int, rounds: int) -> Iterator[Result]:

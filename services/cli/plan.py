@@ -15,14 +15,21 @@ if TYPE_CHECKING:
     from services.cli.usage import Plan, Sample
 
 
+PROMETHEUS_HOURS = 24.0
+
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 def plan(
+    context: typer.Context,
     from_metrics: Annotated[
-        str, typer.Option(metavar="URL|FILE", help="Of Prometheus, or a file that --save wrote.")
+        str,
+        typer.Option(metavar="URL|FILE", help="Of Prometheus, of a replica's /metrics, or a file that --save wrote."),
     ] = "",
-    hours: Annotated[float, typer.Option(min=0.01, help="How far back to look.")] = 24.0,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="How far back to look: 24; a replica's page is read so long: 5 minutes."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw what was in use beside the plan.")] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the samples, for another look.")] = None,
     config: Annotated[
@@ -51,14 +58,15 @@ def plan(
     """Say what a replica needs: give one of --from-metrics and --config.
 
     --from-metrics: which --max-loras and --max-cpu-loras the busiest replica wants. Slots for the most adapters in use
-    at once and 2 more; memory for the most in any five minutes and 20 % more.
+    at once and 2 more; memory for the most in any five minutes and 20 % more. A URL that ends in /metrics is a
+    replica's own page, read every 5 seconds from now on; it is shown your token.
 
     --config: what its memory goes to, by the table it logs as it starts, and the bytes of an adapter on every linear.
     """
     if bool(from_metrics) == (config is not None):
         raise typer.BadParameter("give one of --from-metrics and --config")
     if config is None:
-        _plan_adapters(from_metrics, hours, plot, save, output)
+        _plan_adapters(context, from_metrics, hours, plot, save, output)
         return
     if quantization != "none" and (device_gib is not None or tensor_parallel_size > 1):
         raise typer.BadParameter("--quantization is one CPU's: leave out --device-memory and --tensor-parallel-size")
@@ -81,11 +89,18 @@ def plan(
     print_memory_plan(config, room, gpu, kv_cache_memory_bytes, ranks or [8, 16, 32, 64], output)
 
 
-def _plan_adapters(from_metrics: str, hours: float, plot: Path | None, save: Path | None, output: Format) -> None:
+def _plan_adapters(
+    context: typer.Context,
+    from_metrics: str,
+    hours: float | None,
+    plot: Path | None,
+    save: Path | None,
+    output: Format,
+) -> None:
     from services.cli.usage import plan as make_plan
-    from services.cli.usage import read_samples, write_samples
+    from services.cli.usage import write_samples
 
-    samples = read_samples(from_metrics, hours)
+    samples = _samples(context, from_metrics, hours)
     wanted = make_plan(samples)
     if output is Format.JSON:
         print_json(asdict(wanted))
@@ -106,6 +121,20 @@ def _plan_adapters(from_metrics: str, hours: float, plot: Path | None, save: Pat
         write_samples(save, samples)
     if plot is not None:
         _draw(plot, samples, wanted)
+
+
+def _samples(context: typer.Context, place: str, hours: float | None) -> list[Sample]:
+    """Raises NotFound when no adapter was in use."""
+    from services.cli.clients import credentials_of
+    from services.cli.page import is_page, watch
+    from services.cli.targets import targets
+    from services.cli.usage import WINDOW_SECONDS, in_use, read_samples
+
+    if not is_page(place):
+        return in_use(place, read_samples(place, PROMETHEUS_HOURS if hours is None else hours))
+    seconds = WINDOW_SECONDS if hours is None else hours * 3600
+    typer.echo(f"reading {place} for {seconds:g} seconds", err=True)
+    return in_use(place, watch(place, seconds, credentials_of(targets(context))))
 
 
 def _draw(path: Path, samples: list[Sample], wanted: Plan) -> None:

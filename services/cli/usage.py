@@ -1,4 +1,7 @@
-"""How many adapters each replica had in use, over time: asked of Prometheus, or read from a file of such samples."""
+"""How many adapters each replica had in use, over time: asked of Prometheus, or read from a file of such samples.
+
+`page.py` reads them off a replica itself.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from typing import Any
 
 from services.common.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 
-WINDOW = "5m"
+WINDOW_SECONDS = 300
+WINDOW = f"{WINDOW_SECONDS}s"
 SPARE_SLOTS = 2
 SPARE_SHARE = 0.2
 MOST_SAMPLES = 2000
@@ -23,8 +27,12 @@ MOST_SAMPLES = 2000
 
 _ADAPTERS = 'tenant!~"|\\\\*"'  # neither the base model, which has no tenant, nor what has no series of its own
 _REST = 'tenant="*"'
-_ASKED = f"increase(multilora:requests_total{{{_ADAPTERS}}}[{WINDOW}])"
-_IN_WINDOW = f"count by (instance) (sum by (instance, adapter) ({_ASKED}) > 0)"
+_REQUESTS = f"multilora:requests_total{{{_ADAPTERS}}}"
+# `increase` does not see the first request for an adapter, with which its series begins: what a replica that was there
+# before the window had no series of then is new, too.
+_BEGUN = f"{_REQUESTS} > 0 unless {_REQUESTS} offset {WINDOW} and on (instance) multilora:steps_total offset {WINDOW}"
+_ASKED = f"increase({_REQUESTS}[{WINDOW}]) > 0 or {_BEGUN}"
+IN_WINDOW = f"count by (instance) (count by (instance, adapter) ({_ASKED}))"
 _AT_ONCE = f"count by (instance) (sum by (instance, adapter) (multilora:lora_requests_by_adapter{{{_ADAPTERS}}}) > 0)"
 _OTHERS = f"sum by (instance) (increase(multilora:requests_total{{{_REST}}}[{WINDOW}]))"
 
@@ -67,10 +75,14 @@ def plan(samples: Iterable[Sample]) -> Plan:
 
 
 def read_samples(place: str, hours: float) -> list[Sample]:
-    """From http(s)://host of a Prometheus, or a file of `write_samples`. Raises when there are none."""
-    samples = _ask_all(place, hours) if place.startswith(("http://", "https://")) else _read(Path(place))
-    if not samples:
-        raise NotFound("NO_USAGE", f"{place} knows no request for an adapter; is it the Prometheus that scrapes these?")
+    """From http(s)://host of a Prometheus, or a file of `write_samples`."""
+    return _ask_all(place, hours) if place.startswith(("http://", "https://")) else _read(Path(place))
+
+
+def in_use(place: str, samples: list[Sample]) -> list[Sample]:
+    """The samples. Raises NotFound when they tell of no adapter."""
+    if not any(each.in_window or each.at_once or each.others for each in samples):
+        raise NotFound("NO_USAGE", f"{place} knows no request for an adapter; is it what serves, or scrapes, these?")
     return samples
 
 
@@ -92,14 +104,13 @@ def _ask_all(url: str, hours: float) -> list[Sample]:
     step = max(math.ceil(hours * 3600 / MOST_SAMPLES), 15)
     span = {"start": end - hours * 3600 // step * step, "end": end, "step": step}  # so that the last is now
     found: dict[tuple[float, str], dict[str, Any]] = {}
-    for name, query in (("in_window", _IN_WINDOW), ("at_once", _AT_ONCE), ("others", _OTHERS)):
+    for name, query in (("in_window", IN_WINDOW), ("at_once", _AT_ONCE), ("others", _OTHERS)):
         for series in _ask(url, {"query": query, **span}):
             instance = series["metric"].get("instance", "")
             for at, value in series["values"]:
                 number = float(value) if name == "others" else int(float(value))
                 found.setdefault((float(at), instance), {})[name] = number
-    samples = [Sample(at, instance, **values) for (at, instance), values in sorted(found.items())]
-    return samples if any(each.in_window or each.at_once or each.others for each in samples) else []
+    return [Sample(at, instance, **values) for (at, instance), values in sorted(found.items())]
 
 
 def _ask(url: str, arguments: dict[str, Any]) -> Sequence[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 - weights: every tensor of the decoder, and its rotary tables
 - slot pool: max_loras × max_lora_rank, in rank pages, per layer and linear by its exact shape
+- staging: where a GPU's adapters are copied to, a layer at a time, on their way to the pool
 - activations: what the widest step holds at once, computed here, measured by a device that can
+- CUDA graphs: what those of decode keep, likewise; a CPU has none
 - KV cache: the rest of what the device may give; on a CPU what the flags say
 
 Of a model that is cut among ranks these are one rank's; `services/inference/parallel/shard.py` says how it is cut.
@@ -15,13 +17,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from services.common.errors import FailedPrecondition
-from services.common.packed import ITEM_SIZES
+from services.common.packed import ITEM_SIZES, largest_run
 from services.common.profile import check_parts, head_dim_of, linear_shapes
 
 PAGE_ROWS = 16
 """Rank rows of a page, as `lora_kernels` has it; a test holds the two together."""
 INT8_BLOCK, INT8_BLOCK_BYTES = 32, 32 * (32 + 4)
 """Rows and columns of a block of eight-bit weights, and its bytes, a scale a row among them; likewise."""
+STAGING_BUFFERS = 2
+"""Layers on their way to a GPU's pool: one is copied to the device while another is scattered to its pages."""
 _FLOAT = ITEM_SIZES["float32"]
 
 
@@ -74,7 +78,9 @@ class MemoryPlan:
     room: Room
     weights: int
     slot_pool: int
+    staging: int
     activations: int
+    graphs: int
     block_bytes: int
     kv_cache: int
     device: Device | None = None
@@ -90,25 +96,30 @@ class MemoryPlan:
         """Blocks for one request of the full length, and the null block."""
         return (1 - (-self.room.max_model_len // self.room.block_size)) * self.block_bytes
 
-    def with_activations(self, measured: int) -> MemoryPlan:
-        """The same with activations as a device measured them, and the KV cache that leaves.
+    def with_measured(self, activations: int, graphs: int) -> MemoryPlan:
+        """The same with what a device measured, and the KV cache that leaves.
 
         Raises FailedPrecondition when that is too little.
         """
         assert self.device is not None, "only a device measures"
-        return replace(self, activations=measured, measured=True)._filled()
+        return replace(self, activations=activations, graphs=graphs, measured=True)._filled()
 
     def rows(self) -> list[PlanRow]:
         room = self.room
-        pages = paged(room.max_lora_rank) // PAGE_ROWS
+        pages, found = paged(room.max_lora_rank) // PAGE_ROWS, "measured" if self.measured else "computed"
         rows = [
             PlanRow("weights", self.weights, self._weights_in + self._part),
             PlanRow("slot pool", self.slot_pool, f"{room.max_loras} adapters × {pages} pages of {PAGE_ROWS} ranks"),
+            PlanRow("staging", self.staging, f"{STAGING_BUFFERS} layers of an adapter in float32"),
             PlanRow(
                 "activations",
                 self.activations,
-                f"{room.max_num_batched_tokens} tokens, {room.max_num_seqs} sampled: "
-                f"{'measured' if self.measured else 'computed'}",
+                f"{room.max_num_batched_tokens} tokens, {room.max_num_seqs} sampled: {found}",
+            ),
+            PlanRow(
+                "CUDA graphs",
+                self.graphs,
+                f"{2 * len(decode_buckets(room.max_num_seqs))} of decode, to {room.max_num_seqs} requests: {found}",
             ),
             PlanRow(
                 "KV cache",
@@ -118,7 +129,8 @@ class MemoryPlan:
             ),
         ]
         if self.device is None:
-            return [*rows, PlanRow("together", self._needs + self.kv_cache, "no device to fill")]
+            together = PlanRow("together", self._needs + self.kv_cache, "no device to fill")
+            return [*(row for row in rows if row.what not in ("staging", "CUDA graphs")), together]
         device = self.device
         how = f"{device.utilization:.0%} of {mib(device.total_bytes)}"
         if device.budget == device.free_bytes:
@@ -143,7 +155,7 @@ class MemoryPlan:
 
     @property
     def _needs(self) -> int:
-        return self.weights + self.slot_pool + self.activations
+        return self.weights + self.slot_pool + self.staging + self.activations + self.graphs
 
     def _filled(self) -> MemoryPlan:
         assert self.device is not None
@@ -155,7 +167,8 @@ class MemoryPlan:
     def _too_small(self, lacking: int) -> FailedPrecondition:
         assert self.device is not None
         device, room = self.device, self.room
-        activations = f", activations {mib(self.activations)}" if self.activations else ""
+        steps = {"activations": self.activations, "CUDA graphs": self.graphs}
+        activations = "".join(f", {what} {mib(size)}" for what, size in steps.items() if size)
         taken = (
             f"weights {mib(self.weights)}, slot pool {mib(self.slot_pool)}{activations} and the KV cache of one "
             f"request of {room.max_model_len} tokens {mib(self.least_kv_cache)}"
@@ -179,7 +192,7 @@ class MemoryPlan:
             )
         by_flag = {"--max-loras or --max-lora-rank": self.slot_pool, "--max-model-len": self.least_kv_cache}
         if self.activations:
-            by_flag["--max-num-batched-tokens or --max-num-seqs"] = self.activations
+            by_flag["--max-num-batched-tokens or --max-num-seqs"] = self.activations + self.graphs
         enough = [flags for flags, size in by_flag.items() if size > lacking]
         return "lower " + (", or ".join(enough) if enough else ", and ".join(by_flag))
 
@@ -190,11 +203,11 @@ def plan_memory(
     *,
     kv_cache_bytes: int = 0,
     device: Device | None = None,
-    activations: int | None = None,
+    to_measure: bool = False,
 ) -> MemoryPlan:
     """Plan a model (its Hugging Face config) into a device, or, without one, by the bytes the flags give the KV cache.
 
-    activations: 0 where they are to be measured; None computes them
+    to_measure: whether activations and graphs are to be measured, and count for nothing yet; else they are computed
     Raises FailedPrecondition when the device is too small, or the model cannot be cut into so many parts;
     InvalidArgument when the config lacks a field.
     """
@@ -206,7 +219,9 @@ def plan_memory(
         slot_pool=room.max_loras
         * adapter_elements(config, paged(room.max_lora_rank), room.tensor_parallel_size, room.fully_sharded_loras)
         * item,
-        activations=activation_bytes(config, room) if activations is None else activations,
+        staging=0 if device is None else staging_bytes(config, room.max_lora_rank),
+        activations=0 if to_measure else activation_bytes(config, room),
+        graphs=0 if to_measure or device is None else graph_bytes(config, room),
         block_bytes=kv_elements(config) // room.tensor_parallel_size * item * room.block_size,
         kv_cache=kv_cache_bytes // room.tensor_parallel_size,
         device=device,
@@ -254,6 +269,12 @@ def adapter_elements(config: Mapping[str, Any], rank: int, ranks: int = 1, fully
     return rank * numbers
 
 
+def staging_bytes(config: Mapping[str, Any], rank: int) -> int:
+    """Of the buffers that take layers of adapters up to this rank, whole on every rank of a model that is cut."""
+    layer = (shape for name, shape in linear_shapes(config).items() if name.startswith("model.layers.0."))
+    return STAGING_BUFFERS * largest_run(((shape.in_features, shape.out_features) for shape in layer), rank)
+
+
 def adapter_elements_by_thumb(config: Mapping[str, Any], rank: int) -> int:
     """The rule that circulates: 2 · rank · out a linear, with the MLP's inner width for all of its linears."""
     inner = int(config["intermediate_size"])
@@ -284,6 +305,19 @@ def activation_bytes(config: Mapping[str, Any], room: Room) -> int:
     of_lora = (widest_input + widest_slice + 2 * ranks) * _FLOAT
     of_head = (vocab * (item + _FLOAT) + hidden * item) * room.max_num_seqs
     return max(room.max_num_batched_tokens * (of_base + of_lora), of_head)
+
+
+def graph_bytes(config: Mapping[str, Any], room: Room) -> int:
+    """What the CUDA graphs of decode keep. They share the memory of the largest one's steps, which run one at a time;
+    beside it each has its own logits in float32."""
+    largest = activation_bytes(config, replace(room, max_num_batched_tokens=room.max_num_seqs))
+    return largest + 2 * sum(decode_buckets(room.max_num_seqs)) * int(config["vocab_size"]) * _FLOAT
+
+
+def decode_buckets(most: int) -> list[int]:
+    """Rows of decode steps that have buffers of their own, and two graphs, with adapters and without: a step is padded
+    by less than a half, later an eighth."""
+    return sorted({rows for rows in (1, 2, 4, *range(8, 64, 8), *range(64, most, 16)) if rows < most} | {most})
 
 
 def paged(rank: int) -> int:

@@ -96,6 +96,13 @@ def align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
+def largest_run(linears: Iterable[tuple[int, int]], rank: int) -> int:
+    """Bytes of a layer's run at most: every linear (in, out) at this rank, in the widest dtype."""
+    widest = max(ITEM_SIZES.values())
+    tensors = (align(rank * width * widest, TENSOR_ALIGNMENT) for linear in linears for width in linear)
+    return align(sum(tensors), RUN_ALIGNMENT)
+
+
 def encode_header(header: PackedHeader) -> bytes:
     """The file's first bytes, up to the payload."""
     body = json.dumps(asdict(header), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -193,10 +193,6 @@ class ServerConfig:
             served = ", ".join(("auto", *DTYPES[self.device]))
             raise ConfigError(f"--dtype is {self.dtype!r}; served on --device {self.device} are {served}")
         _at_least("--tensor-parallel-size", self.tensor_parallel_size, 1)
-        if self.tensor_parallel_size > 1 and self.device != "cpu":
-            raise ConfigError(
-                f"--tensor-parallel-size is {self.tensor_parallel_size}, which is served on --device cpu alone yet"
-            )
         if self.tensor_parallel_size > 1 and self.cpu_backend == "compiled":
             raise ConfigError(
                 f"--tensor-parallel-size is {self.tensor_parallel_size} and --cpu-backend compiled, which runs on one "

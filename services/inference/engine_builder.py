@@ -104,7 +104,7 @@ def _plan(config: ServerConfig, model: ModelConfig, memory: DeviceMemory | None)
     if memory is None:
         return plan_memory(model.hf_config, room, kv_cache_bytes=config.kv_cache_memory_bytes)
     device = Device(memory.total_bytes(), memory.free_bytes(), config.gpu_memory_utilization)
-    return plan_memory(model.hf_config, room, device=device, activations=0)
+    return plan_memory(model.hf_config, room, device=device, to_measure=True)
 
 
 def _limits(config: ServerConfig, model: ModelConfig, num_blocks: int) -> SchedulerConfig:

@@ -225,6 +225,7 @@ async def _http(listening: socket.socket | None, app: ASGIApp, tls: Tls | None) 
             log_level="warning",
             access_log=False,
             lifespan="off",
+            proxy_headers=False,  # who calls is who is connected: the audit record and the limits go by that
             timeout_graceful_shutdown=2,
             ssl_context_factory=None if tls is None else lambda _config, _default: tls.http_context(),
         )

@@ -153,7 +153,8 @@ class Serving:
                     if isinstance(output, RequestStarted):
                         cached_tokens = output.cached_tokens
                         meter.started(output.tier, len(add.prompt_token_ids))
-                        yield Started(add.request_id, adapter, output.tier, len(add.prompt_token_ids), cached_tokens)
+                        shown_id = request.request_id or add.request_id
+                        yield Started(shown_id, adapter, output.tier, len(add.prompt_token_ids), cached_tokens)
                         continue
                     times = output.times or times
                     stop_token_id = output.finished.stop_token_id if output.finished is not None else None
@@ -211,11 +212,11 @@ class Serving:
             raise InvalidArgument(
                 "INVALID_REQUEST_ID", f"request_id is longer than {MAX_REQUEST_ID} characters", field="request_id"
             )
-        request_id = request.request_id or f"req-{uuid.uuid4().hex}"
+        request_id = caller().salted(request.request_id) if request.request_id else f"req-{uuid.uuid4().hex}"
         if self.engine.in_flight(request_id):
             raise AlreadyExists(
                 "REQUEST_ID_IN_USE",
-                f"request_id {request_id!r} is in flight; send another, or leave it empty",
+                f"request_id {request.request_id!r} is in flight; send another, or leave it empty",
                 field="request_id",
             )
         if request.stream_interval < 1:

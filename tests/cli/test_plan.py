@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.page import Reading, parse, samples_of
 from services.cli.plan import plan as command
 from services.cli.usage import Sample, plan, write_samples
+from services.common.errors import FailedPrecondition
 from services.common.memory_plan import Device, Room, plan_memory
 from services.inference.config import AdapterConfig, ServerConfig
 from tests.cli.conftest import run_cli
@@ -53,6 +55,36 @@ def test_what_had_no_series_is_said(tmp_path: Path) -> None:
     assert "raise --metrics-top-adapters" in ended.stderr
 
 
+def reading(at: float, others: float = 0.0, /, *open_now: str, **begun: float) -> Reading:
+    return Reading(at, begun, dict.fromkeys(open_now, 1.0), others)
+
+
+def test_a_page_read_again_tells_what_began_since() -> None:
+    readings = [
+        reading(0, 9, a=5, b=1),  # whenever that was
+        reading(100, 9, "b", "c", a=6, b=1, c=1),
+        reading(350, 10, "b", a=6, b=1, c=1),
+        reading(401, 10, a=6, b=2, c=1),
+        reading(500, 0, a=1),  # after a restart
+    ]
+    samples = [(each.in_window, each.at_once, each.others) for each in samples_of("a:8000", readings)]
+    assert samples == [(0, 0, 0), (2, 2, 0), (2, 1, 1), (1, 0, 1), (1, 0, 0)]
+
+
+def test_a_page_is_read_by_its_labels() -> None:
+    page = """
+multilora:requests_total{adapter="pirate",tenant="default",tier="GPU"} 2.0
+multilora:requests_total{adapter="pirate",tenant="default",tier="DISK"} 1.0
+multilora:requests_total{adapter="base",tenant="",tier=""} 7.0
+multilora:requests_total{adapter="other",tenant="*",tier="CPU"} 4.0
+multilora:lora_requests_by_adapter{adapter="acme/x",tenant="acme",tier="GPU"} 1.0
+multilora:lora_requests_by_adapter{adapter="other",tenant="*",tier=""} 3.0
+"""
+    assert parse(page, 1.0) == Reading(1.0, {"pirate": 3.0}, {"acme/x": 1.0}, 4.0)
+    with pytest.raises(FailedPrecondition, match="no metrics of an inference service"):
+        parse("go_goroutines 3\n", 1.0)
+
+
 @pytest.mark.parametrize(
     ("text", "code", "says"),
     [
@@ -69,10 +101,11 @@ def test_files_that_hold_no_samples_are_refused(text: str, code: int, says: str,
     assert says in ended.stderr
 
 
-def test_a_prometheus_that_is_away_is_said() -> None:
-    ended = run_cli("plan", "--from-metrics", "http://127.0.0.1:9")
-    assert (ended.returncode, ended.stderr.count("\n")) == (5, 1)
-    assert "http://127.0.0.1:9 does not answer" in ended.stderr
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://127.0.0.1:9/metrics"])
+def test_metrics_that_are_away_are_said(url: str) -> None:
+    ended = run_cli("plan", "--from-metrics", url)
+    assert ended.returncode == 5
+    assert f"{url} does not answer" in ended.stderr.splitlines()[-1]
 
 
 CONFIG = {

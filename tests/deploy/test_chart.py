@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from services.adapter_store.__main__ import parse_arguments
 from services.inference.__main__ import _parser
@@ -16,6 +18,7 @@ from tests.deploy.conftest import CHART, Documents, container
 Helm = Callable[..., subprocess.CompletedProcess[str]]
 Render = Callable[..., Documents]
 
+TLS = "security.tlsSecret=tls,security.storeCaSecret=store"
 ALL_VALUES = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
 
 
@@ -31,13 +34,45 @@ def test_the_services_take_the_flags_they_are_started_with(
     assert _parser().parse_args(inference["args"]).adapter_store == "multilora-store:50052"
 
 
-def test_the_schema_knows_no_flag_that_the_services_do_not() -> None:
+NOT_IN_THE_CHART = {
+    "--help",
+    "--insecure",  # by its variable
+    "--admin-port",  # and where the store's is: 10 above
+    "--adapter-store-admin",
+    "--adapter-root",  # no directory of a pod is anybody's to stage files in
+    "--engine-process",  # for debugging
+    "--index",  # by the variable in its secret
+}
+
+
+def test_every_flag_of_the_services_is_a_value(rendered: Render, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    offered = {"store": flags_of(capsys.readouterr().out), "inference": flags_of(_parser().format_help())}
     schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
-    flags = schema["inference"]["properties"]["flags"]["properties"]
-    offered = {option for action in _parser()._actions for option in action.option_strings}
-    assert {f"--{flag}" for flag in flags} <= offered
-    for flag in schema["store"]["properties"]["flags"]["properties"]:
-        parse_arguments([f"--{flag}", "auto" if flag == "s3-addressing" else "1", "--index", "redis://x/0"])
+    everything = (
+        "security.clientCaSecret=ca,security.storeCertSecret=own,security.auditLog=-,store.s3.endpoint=http://x"
+    )
+    documents = rendered("--set", everything, values="many-gpus")
+    for part, flags in offered.items():
+        values = {f"--{flag}" for flag in schema[part]["properties"]["flags"]["properties"]}
+        assert flags == values | flags_of(" ".join(container(documents, part)["args"])) | NOT_IN_THE_CHART & flags
+
+
+def flags_of(text: str) -> set[str]:
+    """But `--no-flag`, which goes with `--flag`."""
+    return set(re.findall(r"(?<![\w-])--(?!no-)[a-z][-a-z0-9]+", text))
+
+
+def test_switches_and_lists_are_flags_as_well(rendered: Render, tmp_path: Path) -> None:
+    flags = {"enable-prefix-caching": False, "fully-sharded-loras": True, "share-weight": ["acme=2", "beta=0.5"]}
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump({"inference": {"flags": flags}, "store": {"flags": {"uri-root": ["s3://b/p"]}}}))
+    documents = rendered("--values", str(values))
+    taken = _parser().parse_args(container(documents, "inference")["args"])
+    assert (taken.enable_prefix_caching, taken.fully_sharded_loras) == (False, True)
+    assert taken.weights == [("acme", 2.0), ("beta", 0.5)]
+    assert "--uri-root=s3://b/p" in container(documents, "store")["args"]
 
 
 @pytest.mark.parametrize(
@@ -54,13 +89,37 @@ def test_the_schema_knows_no_flag_that_the_services_do_not() -> None:
         (["--set", "inference.warmAdapters={a\\,b}"], "warmAdapters"),
         (["--set", "store.replicas=2"], "give store.s3.bucket and store.redis.secret"),
         (["--set", "inference.device=cuda"], "cuda needs gpus"),
-        (["--set", "security.clientCaSecret=ca"], "give security.storeCertSecret"),
+        (["--set", "inference.device=cuda", "--set", "inference.gpus=2"], "tensor-parallel-size, one GPU a rank, 1"),
+        (["--set", "security.insecure=false"], "anybody could call"),
+        (["--set", "security.clientCaSecret=ca"], "give security.tlsSecret"),
+        (["--set", f"{TLS},security.clientCaSecret=ca"], "give security.storeCertSecret"),
+        (["--set", "security.tlsSecret=tls"], "give security.storeCaSecret"),
+        (["--set", "security.tokensSecret=tokens"], "give security.storeTokenSecret"),
+        (["--set", "inference.autoscaling.min=9"], "autoscaling.min is above"),
+        (["--set", "security.auditLog=/var/audit"], "security.auditLog"),
     ],
 )
 def test_wrong_values_are_refused(flags: list[str], says: str, helm: Helm) -> None:
     ended = helm(*flags)
     assert ended.returncode != 0
     assert says.replace(".", "/") in ended.stderr or says in ended.stderr, ended.stderr
+
+
+def test_a_replica_on_two_gpus(helm: Helm) -> None:
+    flags = ("device=cuda", "gpus=2", "flags.tensor-parallel-size=2")
+    ended = helm(*(part for flag in flags for part in ("--set", f"inference.{flag}")))
+    assert ended.returncode == 0, ended.stderr
+    for line in ("nvidia.com/gpu: 2", "- --tensor-parallel-size=2", "mountPath: /dev/shm"):
+        assert line in ended.stdout
+
+
+def test_a_file_of_changes_is_where_a_volume_keeps_it(rendered: Render, helm: Helm) -> None:
+    file = ("--set", "security.auditLog=/data/audit.jsonl")
+    documents = rendered(*file)
+    assert "--audit-log=/data/audit.jsonl" in container(documents, "store")["args"]
+    assert "/data" in [mount["mountPath"] for mount in container(documents, "store")["volumeMounts"]]
+    assert "--audit-log=-" in container(documents, "inference")["args"]
+    assert "no volume that keeps it" in helm(*file, values="many-gpus").stderr
 
 
 @pytest.mark.parametrize("values", ALL_VALUES)
@@ -102,7 +161,7 @@ def test_secrets_are_named_and_never_values(rendered: Render) -> None:
     assert not [kind for kind, _ in documents if kind == "Secret"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--set", "security.clientCaSecret=ca,security.storeCertSecret=own")])
+@pytest.mark.parametrize("flags", [(), ("--set", f"{TLS},security.clientCaSecret=ca,security.storeCertSecret=own")])
 @pytest.mark.parametrize("values", ALL_VALUES)
 def test_readiness_is_the_health_the_services_serve(values: str, flags: tuple[str, ...], rendered: Render) -> None:
     documents = rendered(*flags, values=values)

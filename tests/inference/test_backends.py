@@ -57,7 +57,7 @@ def prompt_logits(model: Path, tmp_path: Path, dtype: str, cpu_backend: str, **s
         request = Request(str(index), prompt, SamplingParams(), StoppingParams(max_tokens=1))
         request.block_ids = list(range(1 + 5 * index, 6 + 5 * index))
         step.append(ScheduledRequest(request, len(prompt)))
-    tokens = running.run(step)
+    tokens = running.launch(step).read()
     assert [token.token_id for token in tokens if token] == sampler.logits.argmax(-1).tolist()
     return sampler.logits
 

@@ -37,6 +37,7 @@ from services.inference.model.widest_step import token_counts
 from services.inference.parallel.shard import Shard
 from tests.assets.tiny_model import make_tiny_llama
 from tests.conftest import inference_config
+from tests.inference.adapters.lanes import HeldLanes
 
 MIB = 1 << 20
 LLAMA_8B = {
@@ -84,12 +85,16 @@ class Peak(TorchDispatchMode):
 
 
 class SizedMemory:
-    """A device of a given size, whose steps run on the CPU and are measured there."""
+    """A device of a given size, whose steps run on the CPU and are measured there.
 
-    def __init__(self, total: int, taken: int = 0) -> None:
+    graphs: what the second runner made on it keeps beyond the first, as one with CUDA graphs would
+    """
+
+    def __init__(self, total: int, taken: int = 0, graphs: int = 0) -> None:
         self.total = total
         self.taken = taken
         self.measured: list[int] = []
+        self.graphs = iter((0, graphs))
 
     def total_bytes(self) -> int:
         return self.total
@@ -102,6 +107,13 @@ class SizedMemory:
             run()
         self.measured.append(peak.most)
         return peak.most
+
+    def kept_bytes(self, make: Callable[[], object]) -> int:
+        with Peak() as peak:
+            made = make()
+            kept = peak.now
+        del made
+        return kept + next(self.graphs, 0)
 
 
 def config_of(model: Path, directory: Path, **settings: Any) -> ServerConfig:
@@ -120,9 +132,13 @@ def test_an_8b_model_in_80_gib() -> None:
     assert plan.weights == (8_030_261_248 + 2 * 8192 * 128) * 2  # Llama 3.1 8B has that many
     assert plan.slot_pool == 8 * 335_544_320
     assert plan.block_bytes == 16 * 131_072
-    rest = plan.device.budget - plan.weights - plan.slot_pool - plan.activations if plan.device else 0
-    assert 0 <= rest - plan.kv_cache < plan.block_bytes
-    assert [row.what for row in plan.rows()] == ["weights", "slot pool", "activations", "KV cache", "budget"]
+    assert plan.staging == 41_943_040  # two layers at rank 64 in float32
+    assert plan.device is not None
+    needs = plan.weights + plan.slot_pool + plan.staging + plan.activations + plan.graphs
+    assert plan.graphs > 2 * (1 + 2 + 4 + 8 + 16 + 24 + 32 + 40 + 48 + 56 + 64) * 128_256 * 4, "each has its logits"
+    assert 0 <= plan.device.budget - needs - plan.kv_cache < plan.block_bytes
+    names = ["weights", "slot pool", "staging", "activations", "CUDA graphs", "KV cache", "budget"]
+    assert [row.what for row in plan.rows()] == names
 
 
 def test_adapters_by_exact_shapes_and_by_the_rule_of_thumb() -> None:
@@ -145,8 +161,10 @@ def test_the_numbers_are_those_of_the_tensors(ranks: int, tiny_model: Path) -> N
     plan = plan_memory(model.hf_config, room, kv_cache_bytes=1 << 20)
     rotary = RotaryEmbedding(model, CPU).at(torch.arange(256))
     assert plan.weights == _bytes(load_weights(tiny_model, model, shard).values()) + _bytes(rotary)
-    model = shard.config(model)
+    whole, model = model, shard.config(model)
     pool = SlotPool(group_shapes(model), model.num_layers, 3, 40, model.dtype)
+    staged = SlotPool(group_shapes(model), 1, 1, 40, model.dtype, lanes=HeldLanes(), whole=group_shapes(whole))
+    assert memory_plan.staging_bytes(model.hf_config, 40) == staging_of(staged)
     assert plan.slot_pool == sum(_bytes((w.a, *w.b)) for groups in pool.weights for w in groups.values())
     cache = KVCache(model.num_layers, 7, 16, model.num_kv_heads, model.head_dim, model.dtype)
     assert 7 * plan.block_bytes == _bytes((cache.keys, cache.values))
@@ -166,17 +184,23 @@ def test_weights_in_eight_bits_are_the_packers(tmp_path: Path, tied: bool) -> No
     assert plan.rows()[0].how == "int8, the others bfloat16"
 
 
+def staging_of(pool: SlotPool) -> int:
+    assert pool._copies is not None
+    return sum(next(pool._copies._buffers).values.nbytes for _ in range(memory_plan.STAGING_BUFFERS))
+
+
 def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def test_the_engine_fills_the_device_with_kv_blocks(tiny_model: Path, tmp_path: Path) -> None:
-    config, memory = config_of(tiny_model, tmp_path), SizedMemory(64 * MIB)
+    config, memory = config_of(tiny_model, tmp_path), SizedMemory(64 * MIB, graphs=5 * MIB)
     loop = build(config, memory)
     engine = loop.engine
     plan = _planned(config)
     (measured,) = memory.measured
-    rest = int(64 * MIB * config.gpu_memory_utilization) - plan.weights - plan.slot_pool - measured
+    staging = memory_plan.staging_bytes(load_config(tiny_model).hf_config, config.adapters.max_lora_rank)
+    rest = int(64 * MIB * config.gpu_memory_utilization) - plan.weights - plan.slot_pool - staging - measured - 5 * MIB
     assert engine.scheduler.kv.pool.num_blocks == rest // plan.block_bytes > 64
     engine.adapters.check_integrity()
     engine.add(AddRequest("one", [5, 6, 7], SamplingParams(), StoppingParams(4)))
@@ -262,7 +286,9 @@ def test_a_plan_never_exceeds_its_device(
         plan = plan_memory(LLAMA_8B, room, device=device)
     except FailedPrecondition:
         return
-    assert plan.weights + plan.slot_pool + plan.activations + plan.kv_cache <= device.budget
+    assert (
+        plan.weights + plan.slot_pool + plan.staging + plan.activations + plan.graphs + plan.kv_cache <= device.budget
+    )
     assert (plan.num_blocks - 1) * room.block_size >= longest
 
 

@@ -30,10 +30,12 @@ from services.inference.engine.loop import EngineLoop
 from services.inference.engine.messages import EngineDied, EngineOutput
 from services.inference.engine.request import Request, SamplingParams, StoppingParams
 from services.inference.engine_builder import build_engine
+from services.inference.model import backend
 from services.inference.model.config import load_config
+from services.inference.model.gpu_runner import GpuRunner
 from services.inference.parallel.messages import Load
 from services.inference.parallel.shard import Shard
-from services.inference.parallel.workers import MirroredPool, Workers
+from services.inference.parallel.workers import MirroredPool, ParallelGpuRunner, ParallelRunner, Workers
 from tests.assets.tiny_model import make_tiny_llama
 from tests.clients import request
 from tests.conftest import inference_config
@@ -97,7 +99,7 @@ def answers(loop: EngineLoop, adapters: Sequence[PackedAdapter]) -> list[list[in
     ]
     for _ in range(TOKENS):
         step = [ScheduledRequest(r, r.num_uncomputed_tokens, slot) for r, slot in zip(requests, slots, strict=True)]
-        for made, token in zip(requests, loop.engine.runner.run(step), strict=True):
+        for made, token in zip(requests, loop.engine.runner.launch(step).read(), strict=True):
             assert token is not None and token.error is None
             made.num_computed_tokens = len(made.token_ids)
             made.token_ids.append(token.token_id)
@@ -113,12 +115,15 @@ def in_turn(loop: EngineLoop, adapters: dict[str, PackedAdapter]) -> list[list[l
 
 
 @pytest.mark.parametrize("fully", [False, True])
+@pytest.mark.parametrize("for_gpu", [False, True], ids=["the CPU's runner", "the GPU's"])
 def test_two_ranks_say_what_one_says(
-    fully: bool, tmp_path: Path, adapters: dict[str, PackedAdapter], monkeypatch: pytest.MonkeyPatch
+    fully: bool, for_gpu: bool, tmp_path: Path, adapters: dict[str, PackedAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model with a tied head, and of one whose own is cut unevenly."""
+    monkeypatch.setattr(backend, "takes_gpu_runner", lambda _device: for_gpu)
     model = make_tiny_llama(tmp_path / "model", vocab_size=511 if fully else 512, tie_word_embeddings=not fully)
     with engine(settings_of(model, tmp_path)) as loop:
+        assert isinstance(loop.engine.runner, GpuRunner) == for_gpu
         alone = in_turn(loop, adapters)
     assert len({tuple(batch[1]) for batch in alone}) == 3, "the adapters change nothing"
     sums: list[torch.Size] = []
@@ -130,6 +135,7 @@ def test_two_ranks_say_what_one_says(
 
     config = settings_of(model, tmp_path, tensor_parallel_size=2, fully_sharded_loras=fully)
     with engine(config, SizedMemory(64 << 20)) as loop:
+        assert isinstance(loop.engine.runner, ParallelGpuRunner if for_gpu else ParallelRunner)
         assert in_turn(loop, adapters) == alone
         pool_of(loop).check_integrity()
         monkeypatch.setattr(dist, "all_reduce", counted)
@@ -177,6 +183,17 @@ def test_settings_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         settings_of(tiny_model, tmp_path, **settings)
+
+
+def test_more_ranks_than_gpus_are_refused(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = settings_of(tiny_model, tmp_path, device="cuda", cpu_backend="auto", tensor_parallel_size=4)
+    with (
+        pytest.raises(ConfigError, match="--tensor-parallel-size is 4, and 2 GPUs are to be seen"),
+        engine(config, SizedMemory(64 << 20)),
+    ):
+        pass
 
 
 def test_a_rank_that_ends_while_it_loads(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Requests come and go, with adapters and without, while adapters are fetched, parked, evicted, loaded, pinned, unloaded
 and deleted, aliases move, fetches break, and KV blocks run out. After each step every owner's books agree. Each answer
 is, token for token and bit for bit of its log-probabilities, the one that the same request gets with an engine of its
-own: on the compiled path, whose rows are bitwise independent of their batch.
+own: on the compiled path, whose rows are bitwise independent of their batch; with a runner that is read before the next
+step, and with one that runs ahead.
 
 `MULTILORA_ENGINE_EXAMPLES=1000` makes a long run of it (`make test-engine-long`).
 """
@@ -45,6 +46,7 @@ from tests.assets.tiny_model import make_tiny_llama
 from tests.inference.adapters.packs import ALL, CONFIG, make_pack
 from tests.inference.adapters.test_manager import Bench, make_bench
 from tests.inference.adapters.test_manager_machine import Workers
+from tests.inference.engine.ahead import RunningAhead
 
 EXAMPLES = int(os.environ.get("MULTILORA_ENGINE_EXAMPLES", "0"))
 SEED = 2
@@ -91,7 +93,7 @@ class World:
         self.met: Counter[str] = Counter()
         self._alone: dict[tuple[str, tuple[int, ...]], tuple[list[int], list[float]]] = {}
 
-    def engine(self, bench: Bench, *, num_blocks: int = NUM_BLOCKS, **limits: int) -> Engine:
+    def engine(self, bench: Bench, *, num_blocks: int = NUM_BLOCKS, runs_ahead: bool = False, **limits: int) -> Engine:
         config = ServerConfig(
             model=self.model, dtype="float32", block_size=BLOCK_SIZE, cpu_backend="compiled", threads=1
         )
@@ -103,6 +105,8 @@ class World:
             **({"max_num_seqs": 6, "max_num_batched_tokens": 16, "turn_tokens": 4} | limits),
         )
         runner = build_runner(config, model, num_blocks, bench.pool, Sampler())
+        if runs_ahead:
+            runner = RunningAhead(runner, is_late=lambda _request, token: token % 8 == 0)
         return Engine(Scheduler(scheduling, bench.manager), runner, bench.manager, bench.clock)
 
     def alone(self, pack: str, prompt: tuple[int, ...]) -> tuple[list[int], list[float]]:
@@ -135,7 +139,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
-def machine(world: World) -> type[RuleBasedStateMachine]:
+def machine(world: World, *, runs_ahead: bool) -> type[RuleBasedStateMachine]:
     names, packs = st.sampled_from(sorted(ALIASES)), st.sampled_from(sorted(SHAPES))
 
     class WholeEngine(RuleBasedStateMachine):
@@ -144,7 +148,7 @@ def machine(world: World) -> type[RuleBasedStateMachine]:
             self.directory = tempfile.TemporaryDirectory()
             self.bench = make_bench(world.packs, Path(self.directory.name), max_loras=2, max_cpu_loras=4, idle_ttl=20.0)
             self.workers = self.bench.manager._fetcher._workers = Workers()  # type: ignore[assignment]
-            self.engine = world.engine(self.bench)
+            self.engine = world.engine(self.bench, runs_ahead=runs_ahead)
             self.sent: dict[str, Sent] = {}
             self.points_to = {alias: versions[0] for alias, versions in ALIASES.items()}
             self.replies = itertools.count()
@@ -160,16 +164,25 @@ def machine(world: World) -> type[RuleBasedStateMachine]:
             priority=st.sampled_from([0, 0, 0, 2]),
             salt=st.sampled_from(["", "", "other"]),
             timeout=st.sampled_from([None, None, None, None, 5.0]),
+            stops_at=st.sampled_from([None, None, 0, 2, 7]),
         )
         def add(
-            self, prompt: tuple[int, ...], most: int, alias: str | None, priority: int, salt: str, timeout: float | None
+            self,
+            prompt: tuple[int, ...],
+            most: int,
+            alias: str | None,
+            priority: int,
+            salt: str,
+            timeout: float | None,
+            stops_at: int | None,
         ) -> None:
             pack = self.points_to[alias] if alias else ""
+            stops = frozenset() if stops_at is None else frozenset({world.alone(pack, prompt)[0][stops_at]})
             add = AddRequest(
                 f"r{len(self.sent)}",
                 list(prompt),
                 SamplingParams(logprobs=0 if len(self.sent) % 2 else None),
-                StoppingParams(min(most, MAX_MODEL_LEN - len(prompt))),
+                StoppingParams(min(most, MAX_MODEL_LEN - len(prompt)), stop_token_ids=stops),
                 world.packs[pack].version if pack else None,
                 timeout,
                 priority,
@@ -257,9 +270,14 @@ def machine(world: World) -> type[RuleBasedStateMachine]:
                     self.check_end(sent, output.finished)
 
         def check_end(self, sent: Sent, finished: RequestFinished) -> None:
+            stopping = sent.add.stopping
+            stopped = [token for token in sent.tokens if token in stopping.stop_token_ids]
+            assert stopped == ([sent.tokens[-1]] if finished.reason == "STOP" else [])
             match finished.reason:
+                case "STOP":
+                    assert finished.stop_token_id == sent.tokens[-1]
                 case "LENGTH":
-                    assert len(sent.tokens) == sent.add.stopping.max_tokens
+                    assert len(sent.tokens) == stopping.max_tokens
                 case "CANCELLED":
                     assert sent.aborted or sent.pack in self.cut_off
                 case _:
@@ -294,17 +312,19 @@ def machine(world: World) -> type[RuleBasedStateMachine]:
     return WholeEngine
 
 
-def test_any_order_of_everything(world: World) -> None:
-    histories = machine(world) if EXAMPLES else seed(SEED)(machine(world))
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_any_order_of_everything(world: World, runs_ahead: bool) -> None:
+    world.met.clear()
+    histories = machine(world, runs_ahead=runs_ahead)
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        histories,
+        histories if EXAMPLES else seed(SEED)(histories),
         settings=settings(
-            max_examples=EXAMPLES or 25,
+            max_examples=EXAMPLES or 40,
             stateful_step_count=50,
             deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
-    everything = ("parkings", "preemptions", "evictions", "prefix_hits", "LENGTH", "CANCELLED", "ERROR")
+    everything = ("parkings", "preemptions", "evictions", "prefix_hits", "STOP", "LENGTH", "CANCELLED", "ERROR")
     assert all(world.met[each] for each in everything), f"the histories were tame: {world.met}"

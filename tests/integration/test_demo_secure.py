@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from services.cli.tokens import COLUMNS, permission_rows
+from services.common.auth.tokens import TOKEN_PREFIX
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -26,6 +27,7 @@ def test_each_tenant_sees_its_own_and_the_table_is_the_services() -> None:
     command = [sys.executable, "deploy/demo_secure.py"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert TOKEN_PREFIX not in ended.stdout + ended.stderr
     shown, table = ended.stdout.split("Who may do what")
     acme, beta = (shown.split(f"{tenant}-app$ multilora adapters list")[1] for tenant in ("acme", "beta"))
     assert "acme/helper" in acme.split("$")[0] and "beta/" not in acme.split("$")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 from lora_kernels import PAGE_ROWS, pool_copy
 from lora_kernels.errors import MixedDtypes, NotContiguous, PageConflict, RankOverPool, ShapeMismatch
 from lora_kernels.pool_copy import PageCopy, StagedRows, move, move_copies, scatter, scatter_copies
+from tests.inference.adapters.lanes import HeldLanes
+from tests.inference.adapters.packs import lying, make_pack, make_pool, poison
 from tests.kernels.path_contract import DTYPES
 from tests.kernels.pool_builder import bits
 
@@ -26,6 +29,25 @@ def copy_pages(
     """What `scatter` and `move` call here: the interpreter's launch stands in for the GPU's."""
     if request.param == "triton":
         monkeypatch.setattr(pool_copy, "copy_pages_torch", interpreted["triton_pool"].copy_pages)
+
+
+@pytest.mark.usefixtures("copy_pages")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_adapters_layers_lie_in_the_slot_pool(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As the copies beside steps lay them there, and as copies within host memory do."""
+    adapter = make_pack(tmp_path, "odd", r=9, rank_pattern={"q_proj": 33, "down_proj": 1}, dtype="bfloat16").adapter()
+    lanes = HeldLanes()
+    staged, direct = make_pool(dtype=dtype, lanes=lanes), make_pool(dtype=dtype)
+    for pool in (staged, direct):
+        poison(pool)
+        pool.load(adapter)
+    lanes.work()
+    staged.poll()
+    for expected, found in zip(lying(direct), lying(staged), strict=True):
+        assert all(
+            bits(one).equal(bits(other)) if isinstance(one, Tensor) else one == other
+            for one, other in zip(expected, found, strict=True)
+        )
 
 
 def a_pool(dtype: torch.dtype, *widths: int) -> tuple[Tensor, list[Tensor]]:

@@ -57,10 +57,35 @@ securityContext:
   capabilities: { drop: [ALL] }
 {{- end }}
 
-{{/* `--flag=value` of a map of flags. */}}
+{{/* `--flag=value` of a map of flags: once for each of a list; `--flag` or `--no-flag` of true and false. */}}
 {{- define "multilora.flags" -}}
 {{- range $flag, $value := . }}
-- --{{ $flag }}={{ if kindIs "float64" $value }}{{ if eq (floor $value) $value }}{{ $value | int64 }}{{ else }}{{ $value }}{{ end }}{{ else }}{{ $value }}{{ end }}
+{{- if kindIs "bool" $value }}
+- --{{ $value | ternary "" "no-" }}{{ $flag }}
+{{- else }}
+{{- range kindIs "slice" $value | ternary $value (list $value) }}
+- --{{ $flag }}={{ if and (kindIs "float64" .) (eq (floor .) .) }}{{ int64 . }}{{ else }}{{ . }}{{ end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* What would end pods, or keep replicas from the store. */}}
+{{- define "multilora.checkSecurity" -}}
+{{- if not (or .insecure .tokensSecret .clientCaSecret) }}
+{{- fail "anybody could call: give security.tokensSecret or security.clientCaSecret, or say security.insecure" }}
+{{- end }}
+{{- if and .clientCaSecret (not .tlsSecret) }}
+{{- fail "security.clientCaSecret needs TLS: give security.tlsSecret" }}
+{{- end }}
+{{- if and .clientCaSecret (not .storeCertSecret) }}
+{{- fail "security.clientCaSecret asks every client for a certificate: give security.storeCertSecret, which replicas show the store" }}
+{{- end }}
+{{- if and .tlsSecret (not .storeCaSecret) }}
+{{- fail "security.tlsSecret is of the store too: give security.storeCaSecret, by which replicas know it" }}
+{{- end }}
+{{- if and .tokensSecret (not (or .storeTokenSecret .storeCertSecret)) }}
+{{- fail "security.tokensSecret asks replicas as well: give security.storeTokenSecret, which they show the store" }}
 {{- end }}
 {{- end }}
 
@@ -75,9 +100,6 @@ securityContext:
 {{- end }}
 {{- if .tokensSecret }}
 - --tokens=/secrets/tokens/tokens
-{{- end }}
-{{- if .auditLog }}
-- --audit-log={{ .auditLog }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -132,7 +132,7 @@ class Bare:
             ScheduledRequest(each.request, each.request.num_uncomputed_tokens, each.slot) for each in sequences
         ]
         began = time.perf_counter()
-        tokens = self.runner.run(scheduled)
+        tokens = self.runner.launch(scheduled).read()
         took = time.perf_counter() - began
         for each, token in zip(sequences, tokens, strict=True):
             assert token is not None

@@ -6,7 +6,7 @@ would be told if there were none, before anything is looked up, so that not even
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -49,15 +49,16 @@ class Caller:
     def sees(self, tenant: str) -> bool:
         return self.every_tenant or tenant in (self.tenant, SHARED_TENANT)
 
-    def salted(self, salt: str) -> str:
-        """A cache salt that no other tenant's requests have; the same one where nobody is asked who they are."""
-        return f"{len(self.tenant)}:{self.tenant}{salt}" if self.name else salt
+    def salted(self, text: str) -> str:
+        """A cache salt, or a request's id, that no other tenant has; the same where nobody is asked who they are."""
+        return f"{len(self.tenant)}:{self.tenant}{text}" if self.name else text
 
 
 NOBODY = Caller("", Role.ADMIN, EVERY_TENANT)
 
 _caller: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
 _authorization: ContextVar[str] = ContextVar("authorization", default="")
+_ask_again: ContextVar[Callable[[], object]] = ContextVar("ask_again", default=lambda: None)
 _facts: ContextVar[dict[str, Any] | None] = ContextVar("facts", default=None)
 
 
@@ -71,14 +72,26 @@ def authorization() -> str:
     return _authorization.get()
 
 
-def enter(who: Caller, authorization: str | None = None, facts: dict[str, Any] | None = None) -> None:
+def enter(
+    who: Caller,
+    authorization: str | None = None,
+    facts: dict[str, Any] | None = None,
+    ask_again: Callable[[], object] = lambda: None,
+) -> None:
     """From here on this task works for `who`; every call is handled in a task of its own.
 
     facts: filled by `note`; None where nobody keeps them
+    ask_again: raises when they would not be let in now
     """
     _caller.set(who)
     _authorization.set(authorization or "")
     _facts.set(facts)
+    _ask_again.set(ask_again)
+
+
+def check_still_known() -> None:
+    """For calls without an end. Raises Unauthenticated once the caller's token has been taken away, or has expired."""
+    _ask_again.get()()
 
 
 def note(**facts: object) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from services.common.auth.audit import Audit
@@ -54,18 +55,19 @@ class Guard:
         if rule is not None and rule.open:
             yield
             return
-        who = self._who(authorization, peer, names)
+        ask = partial(self._who, authorization, peer, names)
+        who = ask()
         if rule is None:
             raise PermissionDenied("NOT_PERMITTED", f"{key} has no row in the permission table")
         if self._audit is None or not rule.changes:
             _check(rule, key, who)
-            enter(who, authorization)
+            enter(who, authorization, ask_again=ask)
             with contextlib.nullcontext() if who.budget is None else who.budget.request():
                 yield
             return
         with self._recorded(self._audit, key, who, peer(), facts()) as kept:
             _check(rule, key, who)
-            enter(who, authorization, kept)
+            enter(who, authorization, kept, ask)
             with contextlib.nullcontext() if who.budget is None else who.budget.request():
                 yield
 

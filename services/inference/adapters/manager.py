@@ -121,14 +121,15 @@ class AdapterManager:
 
     # ---- into the pool
 
-    def acquire(self, adapter: AdapterVersion) -> int | Lack:
+    def acquire(self, adapter: AdapterVersion, *, follows: bool = False) -> int | Lack:
         tracked = self._tracked[adapter.digest]
         if tracked.state is FAILED:
             return Lack.ADAPTER
         slot = self._pool.get(adapter.digest) or self._load(tracked, self._make_room)
         if slot is None:
             return Lack.ADAPTER if tracked.state is FAILED else Lack.ROOM
-        if not slot.arrived:
+        slot.followed = slot.followed or (follows and self._pool.may_follow(slot))
+        if not (slot.arrived or slot.followed):
             return Lack.ADAPTER
         slot.references += 1
         tracked.used_at = self._clock()
@@ -191,7 +192,8 @@ class AdapterManager:
     # ---- time
 
     def poll(self) -> None:
-        self._pool.poll()
+        for digest, error in self._pool.poll().items():
+            self._fail(self._tracked[digest], error)
         for fetched in self._fetcher.ended():
             self._take_in(fetched)
         now = self._clock()

@@ -65,6 +65,7 @@ class PackedAdapter:
             self._file = self._file.pin_memory()
         self._bytes = self._file[payload:]
         self._check_checksums(header, memoryview(data)[payload:])
+        self._runs = {layer.index: self._bytes[layer.offset : layer.offset + layer.size] for layer in header.layers}
         self._modules: dict[tuple[int, str], ModuleTensors] = {}
         self.ranks: dict[str, int] = {}
         for module in header.modules:
@@ -81,6 +82,10 @@ class PackedAdapter:
     def module(self, layer: int, linear: str) -> ModuleTensors | None:
         """The weights for one linear of one layer; None where the adapter leaves the base as it is."""
         return self._modules.get((layer, linear))
+
+    def run(self, layer: int) -> Tensor | None:
+        """The bytes in which the tensors of the layer's modules lie; None where it has none."""
+        return self._runs.get(layer)
 
     def _check_checksums(self, header: PackedHeader, payload: memoryview) -> None:
         for layer in header.layers:

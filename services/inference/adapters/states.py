@@ -1,12 +1,13 @@
 """Where an adapter can be on a replica, and the one function that moves it.
 
     STORE ─pull→ PULLING ─whole→ DISK ─read→ CPU ─load→ LOADING ─copied→ GPU
-    PULLING, DISK, LOADING, DRAINING ─error→ FAILED ─time→ STORE
+    PULLING, DISK, LOADING, GPU, DRAINING ─error→ FAILED ─time→ STORE
     GPU ─evict (least recently used, idle)→ CPU ─evict (count, bytes)→ DISK ─evict (bytes), damage→ STORE
     CPU, GPU ─unload→ DRAINING ─no request holds it→ DISK
     DRAINING ─loaded again, or in use under another name→ CPU, GPU
 
-GPU is active while a step holds the slot, else idle: the slot's count of references says which. While it drains, an
+GPU is active while a step holds the slot, else idle: the slot's count of references says which. Its copies may be under
+way still, as the slot says too, and fail. While it drains, an
 adapter may still come to a slot and leave it, for the requests that finish.
 """
 
@@ -39,7 +40,7 @@ ARROWS: Mapping[AdapterState, frozenset[AdapterState]] = {
     AdapterState.DISK: frozenset({AdapterState.CPU, AdapterState.STORE, AdapterState.FAILED}),
     AdapterState.CPU: frozenset({AdapterState.LOADING, AdapterState.DISK, AdapterState.DRAINING}),
     AdapterState.LOADING: frozenset({AdapterState.GPU, AdapterState.FAILED}),
-    AdapterState.GPU: frozenset({AdapterState.CPU, AdapterState.DRAINING}),
+    AdapterState.GPU: frozenset({AdapterState.CPU, AdapterState.DRAINING, AdapterState.FAILED}),
     AdapterState.FAILED: frozenset({AdapterState.STORE}),
     AdapterState.DRAINING: frozenset({AdapterState.DISK, AdapterState.CPU, AdapterState.GPU, AdapterState.FAILED}),
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from services.inference.engine.adapter_control import AdapterControl
-from services.inference.engine.interfaces import Adapters, Runner, SampledToken, ScheduledRequest
+from services.inference.engine.interfaces import Adapters, LaunchedStep, Runner, SampledToken, ScheduledRequest
 from services.inference.engine.messages import (
     AddRequest,
     EngineOutput,
@@ -44,12 +45,32 @@ class QueueFullError(RuntimeError):
         return f"{self.waiting} requests wait already; try again in {self.retry_after:.0f} s, or ask another replica"
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Flight:
+    """A step that is launched and not read.
+
+    began: the clock's seconds at its launch
+    ends: of each request, how many of its tokens are computed after this step; without those whose share counts for
+        nothing any more, since they ended or should have gone on from another token
+    """
+
+    step: list[ScheduledRequest]
+    launched: LaunchedStep
+    began: float
+    ends: dict[Request, int]
+
+
 class Engine:
     """Owns the requests from arrival to their last token.
 
+    Where the runner runs ahead, a step is scheduled and launched while the one before it runs, as if each of that one's
+    tokens let its request go on, and only then are those tokens read. Lengths are known beforehand. A request that a
+    token, a fault or its caller ends while its next row is under way leaves that row behind: nobody looks at what it
+    brings. See `LaunchedStep.runs_ahead` for the steps that are read before the next is scheduled.
+
     clock: monotonic seconds
     step_log: called with every step before it runs, for tests and traces
-    moved: whether the last step had anything to run
+    moved: whether the last step had anything to run or to read
     """
 
     def __init__(
@@ -74,11 +95,14 @@ class Engine:
         self._generation_tokens = 0
         self._refusals = 0
         self._last_wait = 0.0
+        self._flight: _Flight | None = None
+        self._read_at = 0.0
         self.moved = False
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._requests)
+        """Whether there is an answer to give, or a step to read."""
+        return bool(self._requests) or self._flight is not None
 
     def add(self, add: AddRequest) -> None:
         """Take a request in; its adapter starts on its way to memory if it is not there."""
@@ -114,19 +138,25 @@ class Engine:
             self._give_up(request)
 
     def step(self) -> list[EngineOutput]:
-        """Schedule, run, update. Empty-handed when nothing could run."""
+        """Schedule, launch, read, update. Empty-handed when nothing could run."""
         self._expire()
         self._tend_adapters()
         self._bind_adapters()
-        step = self.scheduler.schedule()
-        started = self._clock()
-        if step:
-            self._record(step)
-            for scheduled, sampled in zip(step, self.runner.run(step), strict=True):
-                self._update(scheduled, sampled)
-        self.scheduler.end_step(step, self._clock() - started)
-        self.moved = bool(step)
+        before, step = self._flight, self.scheduler.schedule()
+        self._flight = self._launch(step) if step else None
+        self.scheduler.launched(step)
+        if before is not None:
+            self._read(before)
+        if self._flight is not None and not self._flight.launched.runs_ahead:
+            self.settle()
+        self.moved = bool(step) or before is not None
         return self.take_outputs()
+
+    def settle(self) -> None:
+        """Read the step that is on its way, if one is."""
+        if self._flight is not None:
+            self._read(self._flight)
+            self._flight = None
 
     def take_outputs(self) -> list[EngineOutput]:
         """What there is to tell since the last time."""
@@ -197,21 +227,36 @@ class Engine:
         if self._step_log is not None:
             self._step_log(step)
 
-    def _update(self, scheduled: ScheduledRequest, sampled: SampledToken | None) -> None:
-        request = scheduled.request
+    def _launch(self, step: list[ScheduledRequest]) -> _Flight:
+        began = self._clock()
+        self._record(step)
+        ends = {scheduled.request: scheduled.request.num_computed_tokens + scheduled.num_tokens for scheduled in step}
+        return _Flight(step, self.runner.launch(step), began, ends)
+
+    def _read(self, flight: _Flight) -> None:
+        for scheduled, sampled in zip(flight.step, flight.launched.read(), strict=True):
+            if (end := flight.ends.get(scheduled.request)) is not None:
+                self._update(scheduled.request, end, sampled)
+        began, self._read_at = max(flight.began, self._read_at), self._clock()
+        self.scheduler.took(flight.step, self._read_at - began)
+
+    def _update(self, request: Request, end: int, sampled: SampledToken | None) -> None:
+        """end: how many of its tokens are computed, and so the place of the one that was sampled"""
         if sampled is not None and sampled.error is not None:
             self._give_up(request, sampled.error)
             return
-        self.scheduler.advance(scheduled)
+        self.scheduler.kv.remember(request, end)
         if sampled is None:
             return
-        request.token_ids.append(sampled.token_id)
+        request.token_ids[end] = sampled.token_id
+        if sampled.late:
+            self._take_back(request, end)
         self._generation_tokens += 1
         times = None
         if request.first_token_time is None:
             request.first_token_time = self._clock()
             times = self._times(request)
-        stopping, count = request.stopping, request.num_output_tokens
+        stopping, count = request.stopping, end + 1 - len(request.prompt_token_ids)
         stopped = sampled.token_id in stopping.stop_token_ids and count > stopping.min_tokens
         finished = None
         if stopped:
@@ -222,6 +267,13 @@ class Engine:
             finished = RequestFinished("LENGTH")
         logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
         self._outputs.append(RequestOutput(request.request_id, (sampled.token_id,), logprobs, times, finished))
+
+    def _take_back(self, request: Request, end: int) -> None:
+        """A step under way that went on from another token at place `end` counts for nothing; the next computes it."""
+        if self._flight is not None and self._flight.ends.get(request, 0) > end:
+            del self._flight.ends[request]
+            del request.token_ids[end + 1 :]
+            request.num_computed_tokens = end
 
     def _times(self, request: Request) -> RequestTimes:
         assert request.first_scheduled_time is not None and request.first_token_time is not None
@@ -239,6 +291,8 @@ class Engine:
         self._outputs.append(RequestOutput(request.request_id, finished=finished))
 
     def _end(self, request: Request, status: RequestStatus) -> None:
+        if self._flight is not None:
+            self._flight.ends.pop(request, None)
         self.scheduler.finish(request, status)
         if request.claimed and request.adapter is not None:
             self.adapters.unclaim(request.adapter)

@@ -30,18 +30,51 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The next token of a request; or, with `error`, why it cannot have one."""
+    """The next token of a request; or, with `error`, why it cannot have one.
+
+    late: chosen only when it was read; a step launched before that went on from another token
+    """
 
     token_id: int = 0
     logprobs: TokenLogprobs | None = None
     error: Exception | None = None
+    late: bool = False
+
+
+class LaunchedStep(Protocol):
+    """A step on its way.
+
+    runs_ahead: whether the next step may be launched before this one is read. Not so where the host has to choose a
+    token of it, as it does for penalties, biases, logprobs and until min_tokens: that one waits for `read`.
+    """
+
+    @property
+    def runs_ahead(self) -> bool: ...
+
+    def read(self) -> list[SampledToken | None]:
+        """Wait for it; an entry per request, None for one that does not sample in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A step that was computed as it was launched."""
+
+    tokens: list[SampledToken | None]
+
+    @property
+    def runs_ahead(self) -> bool:
+        return False
+
+    def read(self) -> list[SampledToken | None]:
+        return self.tokens
 
 
 class Runner(Protocol):
-    """Runs the model."""
+    """Runs the model, a step after the other."""
 
-    def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
-        """Compute one step; an entry per request, None for one that does not sample in it."""
+    def launch(self, step: Sequence[ScheduledRequest]) -> LaunchedStep:
+        """Begin one step, which comes after all that was launched before. A request's last token may be `PENDING`,
+        from the step before, if that one runs ahead. What the requests say is read before this returns."""
 
 
 class Lack(Enum):
@@ -57,8 +90,12 @@ class Slots(Protocol):
     def tier(self, adapter: AdapterVersion) -> str:
         """STORE, DISK, CPU or GPU."""
 
-    def acquire(self, adapter: AdapterVersion) -> int | Lack:
-        """The slot of a ready adapter, loaded and held; or why there is none now."""
+    def acquire(self, adapter: AdapterVersion, *, follows: bool = False) -> int | Lack:
+        """The slot of a ready adapter, loaded and held; or why there is none now.
+
+        follows: whether the step has a prompt of the adapter's to compute, and so may go from layer to layer behind its
+            copy. Whoever comes later finds the copy done.
+        """
 
     def release(self, adapter: AdapterVersion) -> None: ...
 

@@ -56,11 +56,12 @@ class KVCacheManager:
         """Make room for them; ask `can_append` first."""
         request.block_ids += self.pool.allocate(self._missing_blocks(request, num_tokens))
 
-    def remember(self, request: Request) -> None:
-        """Let others share the full blocks that are computed; call it when a step has been taken in."""
+    def remember(self, request: Request, end: int) -> None:
+        """Let others share the full blocks among its first `end` tokens, which a step has computed that was read."""
         if not self.enable_prefix_caching:
             return
-        for index in range(request.num_remembered_blocks, request.num_computed_tokens // self.block_size):
+        end = min(end, request.num_computed_tokens)  # it may have lost its blocks since
+        for index in range(request.num_remembered_blocks, end // self.block_size):
             self.pool.remember(request.block_ids[index], self._prefix(request, index))
             request.num_remembered_blocks = index + 1
 

@@ -117,5 +117,6 @@ class EngineLoop:
     def _cancel_all(self) -> None:
         for request in list(self.engine.scheduler.requests()):
             self.engine.abort(request.request_id)
+        self.engine.settle()
         if outputs := self.engine.take_outputs():
             self.emit(outputs)

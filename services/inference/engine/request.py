@@ -6,7 +6,8 @@ WAITING_FOR_ADAPTER ──adapter in memory──▸ WAITING ──blocks──�
                                                                  ▲  │ └──▸ FINISHED_*
                                                                  │  ▼
                                             computed again ── PREEMPTED (or from PARKED): KV cache full, blocks lost
-and from anywhere to FINISHED_CANCELLED and FINISHED_ERROR
+from PARKED and PREEMPTED to FINISHED_* as well, by a token that was on its way; and from anywhere to FINISHED_CANCELLED
+and FINISHED_ERROR
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 DEFAULT_TENANT = "default"
+
+PENDING = -1
+"""In the place of a token that a launched step will bring."""
 
 PRIORITY_SECONDS = 1.0
 """What a step of priority is worth: as if the request had come so much earlier. So it orders, and starves nobody."""
@@ -42,19 +46,14 @@ class RequestStatus(IntEnum):
         return self > RequestStatus.PREEMPTED
 
 
+_ANSWERED = {RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH}
 _ENDS = {RequestStatus.FINISHED_CANCELLED, RequestStatus.FINISHED_ERROR}
 _ALLOWED: Mapping[RequestStatus, set[RequestStatus]] = {
     RequestStatus.WAITING_FOR_ADAPTER: {RequestStatus.WAITING, *_ENDS},
     RequestStatus.WAITING: {RequestStatus.RUNNING, *_ENDS},
-    RequestStatus.RUNNING: {
-        RequestStatus.PARKED,
-        RequestStatus.PREEMPTED,
-        RequestStatus.FINISHED_STOPPED,
-        RequestStatus.FINISHED_LENGTH,
-        *_ENDS,
-    },
-    RequestStatus.PARKED: {RequestStatus.RUNNING, RequestStatus.PREEMPTED, *_ENDS},
-    RequestStatus.PREEMPTED: {RequestStatus.RUNNING, *_ENDS},
+    RequestStatus.RUNNING: {RequestStatus.PARKED, RequestStatus.PREEMPTED, *_ANSWERED, *_ENDS},
+    RequestStatus.PARKED: {RequestStatus.RUNNING, RequestStatus.PREEMPTED, *_ANSWERED, *_ENDS},
+    RequestStatus.PREEMPTED: {RequestStatus.RUNNING, *_ANSWERED, *_ENDS},
 }
 
 
@@ -101,7 +100,8 @@ class Request:
     sequence: place in the order of arrival, given by `RequestQueues`
     priority: each step up counts as having come `PRIORITY_SECONDS` earlier
     cache_salt: only requests with the same one share cached prefixes
-    token_ids: prompt and output; the first `num_computed_tokens` have their keys and values in the blocks
+    token_ids: prompt and output; the first `num_computed_tokens` have their keys and values in the blocks, or will have
+        by the time a step launched later looks there. What a launched step has yet to bring is `PENDING`
     num_cached_tokens: of the prompt, what another request had computed
     prefixes, num_remembered_blocks: see `KVCacheManager`
     waiting_steps: steps since it could have run but for blocks
@@ -170,6 +170,17 @@ class Request:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its last token is there or on its way: no step takes it in any more."""
+        return self.num_output_tokens >= self.stopping.max_tokens
+
+    def advance(self, num_tokens: int) -> None:
+        """A step is launched that computes so many more of its tokens, and after the last one brings the next."""
+        self.num_computed_tokens += num_tokens
+        if not self.num_uncomputed_tokens:
+            self.token_ids.append(PENDING)
 
     def set_status(self, status: RequestStatus) -> None:
         """Move to `status`; a move that is not drawn above is a bug and raises."""

@@ -70,7 +70,7 @@ class Scheduler:
         request.set_status(status)
 
     def schedule(self) -> Step:
-        """The next step: every entry has its KV blocks and, if it has an adapter, its slot, until `end_step`."""
+        """The next step: every entry has its KV blocks and, if it has an adapter, its slot, until `launched`."""
         self.seating.set_active(self.queues.flows)
         able = self._able_to_run()
         self._begin_turns(able)
@@ -82,29 +82,30 @@ class Scheduler:
         self._use_turns(step)
         return step
 
-    def advance(self, scheduled: ScheduledRequest) -> None:
-        """A request's share of the step is computed: its keys and values are in its blocks, which others may share."""
-        scheduled.request.num_computed_tokens += scheduled.num_tokens
-        self.kv.remember(scheduled.request)
-
-    def end_step(self, step: Step, seconds: float) -> None:
-        """The step was run and taken in, in `seconds`: its slots may pass on."""
+    def launched(self, step: Step) -> None:
+        """The step is on its way. Whatever is launched later comes after it, copies into the pool too: so the next step
+        may go on from what it computes, and its slots and the blocks that it frees may pass on at once."""
+        for scheduled in step:
+            scheduled.request.advance(scheduled.num_tokens)
         self.turns.end()
-        if step:
-            prompts = [scheduled.num_tokens for scheduled in step if scheduled.num_tokens > 1]
-            self.cost.observe(len(step) - len(prompts), sum(prompts), seconds)
+
+    def took(self, step: Step, seconds: float) -> None:
+        """The step is read, and has taken so long."""
+        prompts = [scheduled.num_tokens for scheduled in step if scheduled.num_tokens > 1]
+        self.cost.observe(len(step) - len(prompts), sum(prompts), seconds)
 
     def _able_to_run(self) -> dict[Flow, Sequence[Request]]:
-        """The requests of each flow, without those that wait for blocks there are none of: for these a flow gets
-        neither turn nor seat."""
+        """The requests of each flow, without those whose last token is on its way and those that wait for blocks there
+        are none of: for these a flow gets neither turn nor seat."""
         reserve = sum(request.status is RequestStatus.RUNNING for request in self.queues.admitted())
         able: dict[Flow, Sequence[Request]] = {}
         for flow in list(self.queues.flows.values()):
-            first = next((request for request in flow.requests if not request.is_admitted), None)
-            if first is None or self._may_enter(first, reserve):
-                able[flow] = flow.requests
-            elif admitted := [request for request in flow.requests if request.is_admitted]:
-                able[flow] = admitted
+            requests = [request for request in flow.requests if not request.is_ending]
+            first = next((request for request in requests if not request.is_admitted), None)
+            if first is not None and not self._may_enter(first, reserve):
+                requests = [request for request in requests if request.is_admitted]
+            if requests:
+                able[flow] = requests
         return able
 
     def _begin_turns(self, able: Mapping[Flow, Sequence[Request]]) -> None:
@@ -212,7 +213,7 @@ class Scheduler:
         """Those whose adapter's turn, or whose seat, went to another keep their blocks."""
         at_work = {request for requests in seated.values() for request in requests}
         for request in self.queues.admitted():
-            if request.status is RequestStatus.RUNNING and request not in at_work:
+            if request.status is RequestStatus.RUNNING and request not in at_work and not request.is_ending:
                 request.set_status(RequestStatus.PARKED)
                 self.parkings += 1
 
@@ -232,5 +233,5 @@ class Scheduler:
         self.kv.check_integrity(admitted)
         self.turns.check_integrity()
         assert self._starving is None or self._starving in self.queues.flows
-        running = sum(request.status is RequestStatus.RUNNING for request in admitted)
+        running = sum(request.status is RequestStatus.RUNNING and not request.is_ending for request in admitted)
         assert running <= self.config.max_num_seqs, "more run than there are seats"

@@ -79,7 +79,7 @@ class Turns:
         }
         # Those that are in the pool first, so that no copy takes the place of one of them.
         for digest in sorted(self._turns, key=lambda digest: self._adapters.tier(demands[digest].adapter) != "GPU"):
-            if self._acquire(digest, demands[digest].adapter) is not None:
+            if self._acquire(digest, demands[digest]) is not None:
                 del self._turns[digest]
                 self._waiting_since[digest] = self._step
         held = Counter(turn.tenant for turn in self._turns.values())
@@ -121,7 +121,7 @@ class Turns:
         """Give the adapter a turn, or leave it waiting while its copy is under way or failed; False when there is
         neither room nor a turn that may pass to it."""
         demand = demands[digest]
-        while (lack := self._acquire(digest, demand.adapter) if len(self._slots) < most else Lack.ROOM) is not None:
+        while (lack := self._acquire(digest, demand) if len(self._slots) < most else Lack.ROOM) is not None:
             if lack is Lack.ADAPTER:
                 return True
             ended = self._ended(demand, held)
@@ -149,9 +149,9 @@ class Turns:
         ]
         return max(over, key=lambda digest: (served(self._turns[digest]), self._turns[digest].used), default=None)
 
-    def _acquire(self, digest: str, adapter: AdapterVersion) -> Lack | None:
+    def _acquire(self, digest: str, demand: Demand) -> Lack | None:
         """Hold the adapter's slot for this step; what it lacks, when it has none."""
-        slot = self._adapters.acquire(adapter)
+        slot = self._adapters.acquire(demand.adapter, follows=demand.is_new)
         if isinstance(slot, Lack):
             return slot
         self._slots[digest] = slot

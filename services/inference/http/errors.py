@@ -70,8 +70,9 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """What the router and the body's reader refuse: 404, 405, 413."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    body = _body(error.status_code, message, None, error.detail.upper().replace(" ", "_"))
-    return JSONResponse(body, error.status_code, error.headers)
+    code = error.detail.upper().replace(" ", "_")
+    note(outcome=code)
+    return JSONResponse(_body(error.status_code, message, None, code), error.status_code, error.headers)
 
 
 async def on_fault(_request: Request, _error: Exception) -> JSONResponse:

@@ -29,11 +29,11 @@ from services.inference.model.memory import CPU
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
 from services.inference.model.weights import load_weights
-from services.inference.model.widest_step import measured_activations
+from services.inference.model.widest_step import measured_activations, measured_graphs
 from services.inference.parallel.collectives import ALONE, Collectives, Group
 from services.inference.parallel.messages import SetBlocks
 from services.inference.parallel.shard import WHOLE, Shard
-from services.inference.parallel.workers import ParallelRunner, Workers
+from services.inference.parallel.workers import ParallelGpuRunner, ParallelRunner, Workers
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ def build_planned_runner(
     memory: DeviceMemory | None,
     workers: Workers | None,
 ) -> tuple[Runner, MemoryPlan]:
-    """A runner with the KV blocks of the plan; on a device of those that its widest step, measured, leaves.
+    """A runner with the KV blocks of the plan; on a device with those that its widest step and its graphs leave, which
+    are measured.
 
     workers: the other ranks, which are joined here
     Raises FailedPrecondition when too few are left, Internal when a rank cannot be had.
@@ -74,7 +75,8 @@ def build_planned_runner(
     make = _torch_runners(config, model, pool, sampler, workers)
     if memory is not None:
         uncaptured = functools.partial(make, graphs=False)
-        plan = plan.with_activations(measured_activations(uncaptured, plan.room, pool, memory))
+        activations = measured_activations(uncaptured, plan.room, pool, memory)
+        plan = plan.with_measured(activations, measured_graphs(make, uncaptured, memory))
     return make(plan.num_blocks), plan
 
 
@@ -83,28 +85,48 @@ def _torch_runners(
 ) -> RunnerMaker:
     """Load the weights; what is returned makes a runner with so many KV blocks, on all ranks."""
     set_threads(config)
+    ranks: Collectives = ALONE
     if workers is None:
-        decoder = load_decoder(config, model, ALONE)
-        return functools.partial(_torch_runner, config, decoder, pool, sampler)
-    ranks = Group(workers.shard)
-    decoder, part = load_decoder(config, model, ranks), workers.shard.config(model)
-    workers.join()
+        decoder = load_decoder(config, model, ranks)
+    else:
+        ranks = Group(workers.shard)
+        decoder = load_decoder(config, model, ranks)
+        workers.join()
 
-    def make(num_blocks: int, **_graphs: bool) -> Runner:  # a CPU has none
-        workers.send(SetBlocks(num_blocks))
-        return ParallelRunner(workers, decoder, paged_cache(config, part, num_blocks), pool, sampler, ranks)
+    def make(num_blocks: int, *, graphs: bool = True) -> Runner:
+        blocks = SetBlocks(num_blocks, takes_gpu_runner(pool.device), graphs)
+        if workers is not None:
+            workers.send(blocks)
+        return torch_runner(config, decoder, pool, sampler, ranks, blocks, workers)
 
     return make
 
 
-def _torch_runner(
-    config: ServerConfig, decoder: Decoder, pool: SlotPool, sampler: Sampler, num_blocks: int, *, graphs: bool = True
-) -> Runner:
-    cache = paged_cache(config, decoder.config, num_blocks)
-    if cache.keys.device == CPU:
-        return ModelRunner(decoder, cache, pool, sampler)
-    capture = cuda_graphs() if graphs else None
-    return GpuRunner(decoder, cache, pool, sampler, max_num_seqs=config.max_num_seqs, capture=capture)
+def torch_runner(
+    config: ServerConfig,
+    decoder: Decoder,
+    pool: SlotPool,
+    sampler: Sampler,
+    ranks: Collectives,
+    blocks: SetBlocks,
+    workers: Workers | None = None,
+) -> ModelRunner | GpuRunner:
+    """A rank's runner, over its part of the model and of the pool.
+
+    workers: rank 0's, where there are others
+    """
+    cache = paged_cache(config, decoder.config, blocks.num_blocks)
+    if not blocks.for_gpu:
+        given = decoder, cache, pool, sampler, ranks
+        return ModelRunner(*given) if workers is None else ParallelRunner(workers, *given)
+    make = GpuRunner if workers is None else functools.partial(ParallelGpuRunner, workers)
+    capture = cuda_graphs() if blocks.graphs and cache.keys.is_cuda else None
+    return make(decoder, cache, pool, sampler, max_num_seqs=config.max_num_seqs, capture=capture, ranks=ranks)
+
+
+def takes_gpu_runner(device: torch.device) -> bool:
+    """Whether torch runs the model there by block tables, and a CPU's way otherwise."""
+    return device.type == "cuda"
 
 
 def pool_settings(config: ServerConfig, model: ModelConfig, shard: Shard = WHOLE) -> dict[str, Any]:
@@ -119,6 +141,7 @@ def pool_settings(config: ServerConfig, model: ModelConfig, shard: Shard = WHOLE
         "max_resident": room.num_slots,
         "rank": shard.rank,
         "device": device_of(config),
+        "whole": group_shapes(model),
     }
 
 
@@ -146,6 +169,11 @@ def device_of(config: ServerConfig) -> torch.device:
         raise ConfigError(
             f"--device is cuda, and torch {torch.__version__} sees no GPU; install the build for its driver, or leave "
             "--device out"
+        )
+    if config.device == "cuda" and (count := torch.cuda.device_count()) < config.tensor_parallel_size:
+        raise ConfigError(
+            f"--tensor-parallel-size is {config.tensor_parallel_size}, and {count} GPUs are to be seen here: each rank "
+            f"needs one; give the replica {config.tensor_parallel_size}, or lower the flag"
         )
     return torch.device(config.device)
 

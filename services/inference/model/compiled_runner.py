@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_kernels import BASE_ROW
 from lora_kernels.cpu import CpuCache, CpuDecoder, DecoderShape, PackedLayer, Packer, StepBatch
 from services.inference.adapters.slot_pool import SlotPool
-from services.inference.engine.interfaces import SampledToken, ScheduledRequest
+from services.inference.engine.interfaces import SampledToken, ScheduledRequest, StepDone
 from services.inference.model.config import ModelConfig
 from services.inference.model.layers import inverse_frequencies
 from services.inference.model.lora import LINEAR_GROUPS
@@ -29,8 +29,8 @@ class CompiledRunner:
         self._sampler = sampler
 
     @torch.inference_mode()
-    def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
-        """Compute one step; an entry per request, None for one that does not sample in it."""
+    def launch(self, step: Sequence[ScheduledRequest]) -> StepDone:
+        """Compute one step. See `Runner`."""
         by_slot = sorted(range(len(step)), key=lambda index: _slot(step[index]))
         ordered = [step[index] for index in by_slot]
         computed = self._decoder.step(self._batch(ordered))
@@ -41,7 +41,7 @@ class CompiledRunner:
         for index in by_slot:
             if step[index].samples:
                 tokens[index] = next(sampled)
-        return tokens
+        return StepDone(tokens)
 
     def _batch(self, step: Sequence[ScheduledRequest]) -> StepBatch:
         """The rows of the step. Requests of one adapter come together: its A is then read once for all of them."""

@@ -16,7 +16,7 @@ ALIGNMENT = 4
 
 
 class DeviceInts:
-    """Named int32 arrays side by side, of fixed addresses on host and device; they start as zeros.
+    """Named int32 arrays side by side, of fixed addresses on host and device; they start as zeros on the host.
 
     host, device: each array by name, here to be written and there to be read
     """
@@ -24,7 +24,7 @@ class DeviceInts:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
         room = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()]
-        self._host = torch.zeros(sum(room), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._host = torch.zeros(sum(room), dtype=torch.int32)
         self._device = torch.zeros(sum(room), dtype=torch.int32, device=device)
         self.host: dict[str, Ints] = {}
         self.device: dict[str, Tensor] = {}
@@ -34,5 +34,5 @@ class DeviceInts:
             self.device[name] = there[: sizes[name]].view(shape)
 
     def send(self) -> None:
-        """Copy all of them, without waiting. What was sent before must have been read."""
-        self._device.copy_(self._host, non_blocking=True)
+        """Copy all of them, without waiting, from memory of its own: what was sent before may be on its way still."""
+        self._device.copy_(self._host.pin_memory() if self._device.is_cuda else self._host, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Protocol
 
@@ -18,6 +19,9 @@ class DeviceMemory(Protocol):
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         """The most that `run` held at once beyond what was held before it."""
+
+    def kept_bytes(self, make: Callable[[], object]) -> int:
+        """What the thing that `make` returns holds for as long as it lives."""
 
 
 class CudaMemory:
@@ -39,6 +43,20 @@ class CudaMemory:
         run()
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - held
+
+    def kept_bytes(self, make: Callable[[], object]) -> int:
+        before = self._settled_free_bytes()
+        made = make()  # graphs have memory of which the allocator does not tell: the driver is asked
+        kept = before - self._settled_free_bytes()
+        del made
+        self._settled_free_bytes()
+        return kept
+
+    def _settled_free_bytes(self) -> int:
+        gc.collect()
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return self.free_bytes()
 
 
 def device_memory(device: str) -> DeviceMemory | None:

@@ -6,54 +6,96 @@ which is rare: the distribution is nearly flat there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from services.inference.engine.interfaces import SampledToken
-from services.inference.engine.request import Request
-from services.inference.model.candidates import WINDOW
+from services.inference.engine.request import Request, SamplingParams
+from services.inference.model.candidates import WINDOW, draw
 from services.inference.model.penalties import changes_logits
+from services.inference.model.read_back import ReadBack
 from services.inference.model.sampler import GreedyRows, Sampler, non_finite, uniform
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Choices:
+    """What the device chooses for the sampled rows of a step.
+
+    tokens: [n] int64, each row's token, on the device
+    answers: waits for the device; [3, n] int64 on the host: the tokens, 1 where the logits are finite, and 1 where the
+        token is found, 0 where more candidates have to be looked at
+    drawn: the rows that were drawn, with their logits [drawn, vocab] on the device and their random numbers
+    fetch: brings logits to the host once `answers` are there
+    """
+
+    requests: Sequence[Request]
+    tokens: Tensor
+    answers: Callable[[], Tensor]
+    drawn: Sequence[int]
+    logits: Tensor
+    numbers: Sequence[float]
+    fetch: Callable[[Tensor], Tensor]
+
+    def read(self) -> list[SampledToken]:
+        """A token, or an error, per request. Waits for the step, and for none after it."""
+        tokens, finite, found = self.answers().tolist()
+        read = [
+            SampledToken(token) if ok else SampledToken(error=non_finite(request))
+            for token, ok, request in zip(tokens, finite, self.requests, strict=True)
+        ]
+        for index, row in enumerate(self.drawn):
+            if finite[row] and not found[row]:
+                logits = self.fetch(self.logits[index]).numpy()
+                token = draw(logits, self.requests[row].sampling, self.numbers[index])
+                read[row] = SampledToken(token, late=True)
+        return read
+
+
 class DeviceSampler:
-    """Greedy tokens and plain draws are chosen on the device. Penalties, biases and logprobs are the host's sampler's,
-    which gets the logits of those rows alone."""
+    """Greedy tokens and plain draws are chosen on the device, where the next step goes on from them. Penalties, biases
+    and logprobs are the host's sampler's, which gets the logits of those rows alone."""
 
-    def __init__(self, host: Sampler) -> None:
+    def __init__(self, host: Sampler, device: torch.device) -> None:
         self._host = host
+        self._read_back = ReadBack(device)
 
-    def sample(self, logits: Tensor, greedy: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
-        """A token, or an error, per request. Waits for the device once, and again where the host must choose.
+    def choose(self, logits: Tensor, greedy: Tensor, requests: Sequence[Request]) -> Choices:
+        """A token per request, without waiting for the device; those that are left to the host are not meant.
 
         Shape: logits [n, vocab] float32; greedy [2, n] int64, the largest logit's token, and 1 where all are finite;
         both on one device, and n at least len(requests), whose rows come first
         """
         drawn = [row for row, request in enumerate(requests) if _draws_here(request)]
-        chosen = greedy
+        numbers = [uniform(requests[row].sampling.seed, requests[row].num_output_tokens) for row in drawn]
+        greedy = greedy[:, : len(requests)]
+        answers = torch.cat([greedy, torch.ones_like(greedy[:1])])
+        of_drawn = logits.new_empty(0)
         if drawn:
             rows = _to_device(torch.tensor(drawn), logits.device)
-            parameters = draw_parameters([requests[row] for row in drawn], logits.shape[1], logits.device)
-            chosen = torch.cat([greedy, draw_rows(logits.index_select(0, rows), parameters)], dim=1)
-        tokens, flags = chosen.tolist()
-        draws = dict(zip(drawn, range(greedy.shape[1], len(tokens)), strict=True))
-        answers: list[SampledToken] = []
-        unanswered = []
-        for row, request in enumerate(requests):
-            answers.append(SampledToken(tokens[draws.get(row, row)]))
-            if not flags[row]:
-                answers[row] = SampledToken(error=non_finite(request))
-            elif self._host.needs_logits(request) and not (row in draws and flags[draws[row]]):
-                unanswered.append(row)
-        if unanswered:
-            known = GreedyRows([tokens[row] for row in unanswered], [True] * len(unanswered))
-            wanted = logits[unanswered].cpu()
-            sampled = self._host.sample(wanted, [requests[row] for row in unanswered], known)
-            for row, token in zip(unanswered, sampled, strict=True):
-                answers[row] = token
-        return answers
+            of_drawn = logits.index_select(0, rows)
+            sampling = [requests[row].sampling for row in drawn]
+            parameters = draw_parameters(sampling, numbers, logits.shape[1], logits.device)
+            answers[::2].index_copy_(1, rows, draw_rows(of_drawn, parameters))
+        answered, fetch = self._read_back.start(answers), self._read_back.fetch
+        return Choices(requests, answers[0], answered, drawn, of_drawn, numbers, fetch)
+
+    def leaves_to_host(self, request: Request) -> bool:
+        """Whether the host has to choose the request's next token."""
+        return self._host.needs_logits(request) and not _draws_here(request)
+
+    def read(self, logits: Tensor, choices: Choices) -> list[SampledToken]:
+        """What `choices.read` says, and the host's choice where it is left to it, from the logits chosen from."""
+        read, requests = choices.read(), choices.requests
+        left = [row for row, token in enumerate(read) if token.error is None and self.leaves_to_host(requests[row])]
+        if left:
+            known = GreedyRows([read[row].token_id for row in left], [True] * len(left))
+            sampled = self._host.sample(logits[left].cpu(), [requests[row] for row in left], known)
+            for row, token in zip(left, sampled, strict=True):
+                read[row] = token
+        return read
 
 
 def _draws_here(request: Request) -> bool:
@@ -66,17 +108,13 @@ def _to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
-def draw_parameters(requests: Sequence[Request], vocab: int, device: torch.device) -> Tensor:
-    """[5, n] float64: temperature, candidates that top_k leaves, top_p, min_p and the random number of each request."""
+def draw_parameters(
+    samplings: Sequence[SamplingParams], numbers: Sequence[float], vocab: int, device: torch.device
+) -> Tensor:
+    """[5, n] float64: temperature, candidates that top_k leaves, top_p, min_p and the random number of each row."""
     rows = [
-        (
-            request.sampling.temperature,
-            min(request.sampling.top_k or vocab, vocab),
-            request.sampling.top_p,
-            request.sampling.min_p,
-            uniform(request.sampling.seed, request.num_output_tokens),
-        )
-        for request in requests
+        (sampling.temperature, min(sampling.top_k or vocab, vocab), sampling.top_p, sampling.min_p, number)
+        for sampling, number in zip(samplings, numbers, strict=True)
     ]
     return _to_device(torch.tensor(rows, dtype=torch.float64), device).T
 

@@ -1,4 +1,5 @@
-"""Runs one engine step on a GPU: decode in CUDA graphs by bucket, prefill eager, and the host waits once, for tokens.
+"""Runs engine steps on a GPU: decode in CUDA graphs by bucket, prefill eager, and the host waits once, for tokens; the
+next step is launched before that, and finds them on the device.
 
 With the graphs off, every line of it runs on a CPU too.
 """
@@ -17,15 +18,18 @@ from torch import Tensor
 
 from attention_kernels import PagedRows, cut_into_tiles, paged_attention, tile_tokens
 from lora_kernels import BASE_ROW, ActiveSet, LoraBatch, WorkList
+from services.common.memory_plan import decode_buckets
 from services.inference.adapters.slot_pool import SlotPool, pages_for
-from services.inference.engine.interfaces import SampledToken, ScheduledRequest
+from services.inference.engine.interfaces import LaunchedStep, SampledToken, ScheduledRequest, StepDone
+from services.inference.engine.request import PENDING, Request
 from services.inference.model.attention import KVCache
 from services.inference.model.decoder import Decoder, ForwardBatch
 from services.inference.model.device_ints import DeviceInts
-from services.inference.model.device_sampler import DeviceSampler
+from services.inference.model.device_sampler import Choices, DeviceSampler
 from services.inference.model.lora import LoraLayer
 from services.inference.model.runner import ActiveSlots
 from services.inference.model.sampler import Sampler
+from services.inference.parallel.collectives import ALONE, Collectives
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,17 @@ class StepLogits(NamedTuple):
 Forward = Callable[[], StepLogits]
 Capture = Callable[[Forward], Forward]
 """Records a forward pass; what it returns replays it, into the same memory each time."""
+
+
+class Share(NamedTuple):
+    """A request's part of a step, as far as a forward pass needs it: `token_ids` from place `start` on, where ~row is
+    what the step before says of that row of its own."""
+
+    token_ids: list[int]
+    start: int
+    block_ids: list[int]
+    slot: int | None
+    samples: bool
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -73,12 +88,30 @@ class PagedAttention:
         return out.flatten(1)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class GpuStep:
+    """A step whose tokens are all chosen on the device, where the next one finds them: of several ranks on the first
+    one's alone, so that the others wait to be told.
+
+    samples: which of its requests have one
+    """
+
+    samples: Sequence[bool]
+    choices: Choices
+    runs_ahead: bool
+
+    def read(self) -> list[SampledToken | None]:
+        return _per_request(self.samples, self.choices.read())
+
+
 class GpuRunner:
     """Decode is padded to a bucket; a step with any prompt in it has buffers of its own.
 
     max_num_seqs: most requests of a decode step
     capture: None runs decode eagerly too
     capture_failures: graphs that could not be had; those steps run eagerly
+    ranks: those that share the model; `decoder`, `cache` and `pool` are this one's part of it. Their collectives are in
+        its graphs
     """
 
     def __init__(
@@ -90,9 +123,12 @@ class GpuRunner:
         *,
         max_num_seqs: int,
         capture: Capture | None,
+        ranks: Collectives = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._decoder, self._cache, self._pool = decoder, cache, pool
-        self._sampler = DeviceSampler(sampler)
+        self._sampler = DeviceSampler(sampler, cache.keys.device)
+        self._said: tuple[dict[Request, int], Tensor] = {}, torch.empty(0)  # rows of the step before, their tokens
         self._device = cache.keys.device
         self._table_blocks = -(-decoder.config.max_model_len // cache.block_size)
         self._active = ActiveSlots(pool)
@@ -103,31 +139,50 @@ class GpuRunner:
             self._capture(capture)
 
     @torch.inference_mode()
-    def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
-        """Compute one step; an entry per request, None for one that does not sample in it."""
-        decodes = all(scheduled.samples and scheduled.num_tokens == 1 for scheduled in step)
-        computed = self._decode(step) if decodes and len(step) <= max(self._buckets) else self._prefill(step)
+    def launch(self, step: Sequence[ScheduledRequest]) -> LaunchedStep:
+        """Begin one step. See `Runner`."""
+        computed = self.forward([self._share(scheduled) for scheduled in step])
+        samples = [scheduled.samples for scheduled in step]
         requests = [scheduled.request for scheduled in step if scheduled.samples]
-        sampled = iter(self._sampler.sample(computed.logits, computed.greedy, requests) if requests else [])
-        return [next(sampled) if scheduled.samples else None for scheduled in step]
+        choices = self._sampler.choose(computed.logits, computed.greedy, requests)
+        self._said = {request: row for row, request in enumerate(requests)}, choices.tokens
+        if any(map(self._sampler.leaves_to_host, requests)):
+            return StepDone(_per_request(samples, self._sampler.read(computed.logits, choices)))
+        return GpuStep(samples, choices, runs_ahead=self._ranks.shard.size == 1)
 
-    def _decode(self, step: Sequence[ScheduledRequest]) -> StepLogits:
+    def _share(self, scheduled: ScheduledRequest) -> Share:
+        request, start = scheduled.request, scheduled.request.num_computed_tokens
+        token_ids = request.token_ids[start : start + scheduled.num_tokens]
+        if token_ids[-1] == PENDING:
+            token_ids[-1] = ~self._said[0][request]
+        return Share(token_ids, start, request.block_ids, scheduled.slot, scheduled.samples)
+
+    @torch.inference_mode()
+    def forward(self, step: Sequence[Share]) -> StepLogits:
+        """Of several ranks all must be here, with the same step; rank 0 has the logits, the others a part of them."""
+        decodes = all(share.samples and len(share.token_ids) == 1 for share in step)
+        return self._decode(step) if decodes and len(step) <= max(self._buckets) else self._prefill(step)
+
+    def _decode(self, step: Sequence[Share]) -> StepLogits:
         bucket = next(rows for rows in self._buckets if rows >= len(step))
         buffers, active = self._buckets[bucket], self._active.of(_slots(step))
         self._send(buffers, step, active)
         graph = self._graphs.get((bucket, bool(active.slots)))
-        return self._forward(buffers, active) if graph is None else graph()
+        if graph is None:
+            return self._forward(buffers, active)
+        self._pool.wait(active.slots)
+        return graph()
 
-    def _prefill(self, step: Sequence[ScheduledRequest]) -> StepLogits:
+    def _prefill(self, step: Sequence[Share]) -> StepLogits:
         """Any step, in buffers of its own: requests with one row decode as always, the others in tiles."""
-        ends = np.cumsum([scheduled.num_tokens for scheduled in step]).tolist()
-        spans = [(index, end - step[index].num_tokens, end) for index, end in enumerate(ends)]
+        ends = np.cumsum([len(share.token_ids) for share in step]).tolist()
+        spans = [(index, end - len(step[index].token_ids), end) for index, end in enumerate(ends)]
         tokens = tile_tokens(self._decoder.config.num_heads, self._decoder.config.num_kv_heads)
         tiles = {
             tokens: cut_into_tiles([span for span in spans if span[2] - span[1] > 1], tokens),
             1: cut_into_tiles([span for span in spans if span[2] - span[1] == 1], 1),
         }
-        sampled = [end - 1 for end, scheduled in zip(ends, step, strict=True) if scheduled.samples]
+        sampled = [end - 1 for end, share in zip(ends, step, strict=True) if share.samples]
         buffers = self._buffers(ends[-1], len(step), tiles, sampled)
         active = self._active.of(_slots(step))
         self._send(buffers, step, active)
@@ -139,11 +194,18 @@ class GpuRunner:
             from lora_kernels.triton_work_list import build_work_list
 
             build_work_list(work)
-        lora = LoraBatch(work.packed[: work.rows], active, work)
+        shard = self._ranks.shard
+        sum_shrunk = self._ranks.sum if shard.fully_sharded else None
+        lora = LoraBatch(work.packed[: work.rows], active, work, sum_shrunk)
         ints = buffers.ints.device
         attention = PagedAttention(ints["new_rows"].long(), buffers.parts)
         batch = ForwardBatch(ints["token_ids"], ints["positions"], attention, ints["sampled"])
-        logits = self._decoder.forward(batch, self._cache, lambda layer: LoraLayer(self._pool.weights[layer], lora))
+
+        def adapters(layer: int) -> LoraLayer:
+            self._pool.wait(active.slots, layer)
+            return LoraLayer(self._pool.weights[layer], lora, shard.rank)
+
+        logits = self._decoder.forward(batch, self._cache, adapters)
         return StepLogits(logits, torch.stack([logits.argmax(-1), logits.isfinite().all(-1).long()]))
 
     def _decode_buffers(self, rows: int) -> StepBuffers:
@@ -165,26 +227,27 @@ class GpuRunner:
         work = WorkList.allocate(rows, self._pool.num_slots, pages, self._device)
         return StepBuffers(ints, work, parts)
 
-    def _send(self, buffers: StepBuffers, step: Sequence[ScheduledRequest], active: ActiveSet) -> None:
+    def _send(self, buffers: StepBuffers, step: Sequence[Share], active: ActiveSet) -> None:
         """Fill the buffers with a step, padding behind it, and send it up: one copy, and one for adapters."""
         here, size = buffers.ints.host, self._cache.block_size
         for name in ("token_ids", "positions", "new_rows"):
             here[name][:] = 0
         row, slots = 0, list[int]()
-        for index, scheduled in enumerate(step):
-            request, count = scheduled.request, scheduled.num_tokens
-            start = request.num_computed_tokens
-            blocks = request.block_ids
+        for index, (token_ids, start, blocks, slot, _) in enumerate(step):
+            count = len(token_ids)
             here["block_tables"][index, : len(blocks)] = blocks
             positions = np.arange(start, start + count)
             rows = slice(row, row + count)
-            here["token_ids"][rows] = request.token_ids[start : start + count]
+            here["token_ids"][rows] = token_ids
             here["positions"][rows] = positions
             here["new_rows"][rows] = here["block_tables"][index, positions // size] * size + positions % size
-            slots += [BASE_ROW if scheduled.slot is None else scheduled.slot] * count
+            slots += [BASE_ROW if slot is None else slot] * count
             row += count
         here["block_tables"][len(step) :, 0] = 0
         buffers.ints.send()
+        if here["token_ids"].min() < 0:
+            there, said = buffers.ints.device["token_ids"], self._said[1]
+            there.copy_(torch.where(there < 0, said.index_select(0, (~there).clamp(min=0)), there))
         fits = buffers.work.stage(slots, active.pages_of_slot)
         assert fits, "a work list has room for every step of its rows"
 
@@ -207,13 +270,13 @@ class GpuRunner:
         log.info("%d CUDA graphs captured, %d failed", len(self._graphs), self.capture_failures)
 
 
-def _slots(step: Sequence[ScheduledRequest]) -> set[int]:
-    return {scheduled.slot for scheduled in step if scheduled.slot is not None}
+def _per_request(samples: Sequence[bool], tokens: Sequence[SampledToken]) -> list[SampledToken | None]:
+    sampled = iter(tokens)
+    return [next(sampled) if each else None for each in samples]
 
 
-def decode_buckets(most: int) -> list[int]:
-    """Rows of decode steps that have buffers of their own: a step is padded by less than a half, later an eighth."""
-    return sorted({rows for rows in (1, 2, 4, *range(8, 64, 8), *range(64, most, 16)) if rows < most} | {most})
+def _slots(step: Sequence[Share]) -> set[int]:
+    return {share.slot for share in step if share.slot is not None}
 
 
 def cuda_graphs() -> Capture:
@@ -228,7 +291,8 @@ def cuda_graphs() -> Capture:
             forward()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # NCCL's watchdog, another thread, may ask the device something meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             computed = forward()
 
         def replay() -> StepLogits:

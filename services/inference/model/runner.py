@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_kernels import BASE_ROW, ActiveSet, LoraBatch
 from services.inference.adapters.slot_pool import SlotPool
-from services.inference.engine.interfaces import SampledToken, ScheduledRequest
+from services.inference.engine.interfaces import ScheduledRequest, StepDone
 from services.inference.model.attention import AttentionBatch, KVCache, PrefillSequence
 from services.inference.model.decoder import Decoder, ForwardBatch
 from services.inference.model.lora import LoraLayer
@@ -55,12 +55,12 @@ class ModelRunner:
         self._active = ActiveSlots(pool)
 
     @torch.inference_mode()
-    def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
-        """Compute one step; an entry per request, None for one that does not sample in it."""
+    def launch(self, step: Sequence[ScheduledRequest]) -> StepDone:
+        """Compute one step. See `Runner`."""
         logits = self.forward(self._forward_batch(step), _row_slots(step))
         sampling = [scheduled.request for scheduled in step if scheduled.samples]
         sampled = iter(self._sampler.sample(logits, sampling) if sampling else [])
-        return [next(sampled) if scheduled.samples else None for scheduled in step]
+        return StepDone([next(sampled) if scheduled.samples else None for scheduled in step])
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, row_slots: Tensor) -> Tensor:

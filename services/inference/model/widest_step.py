@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 from services.common.memory_plan import Room
@@ -23,6 +24,9 @@ class EmptyAdapter:
     def module(self, _layer: int, _linear: str) -> None:
         return None
 
+    def run(self, _layer: int) -> None:
+        return None
+
 
 def measured_activations(make_runner: Callable[[int], Runner], room: Room, pool: SlotPool, memory: DeviceMemory) -> int:
     """Bytes that the widest step holds at once beyond weights, pool and caches.
@@ -37,7 +41,15 @@ def measured_activations(make_runner: Callable[[int], Runner], room: Room, pool:
             ScheduledRequest(_request(index, count, blocks), count, slots[index % len(slots)])
             for index, count in enumerate(counts)
         ]
-        return memory.peak_bytes(lambda: runner.run(step))
+        return memory.peak_bytes(lambda: runner.launch(step).read())
+
+
+def measured_graphs(
+    make_runner: Callable[[int], Runner], make_eager: Callable[[int], Runner], memory: DeviceMemory
+) -> int:
+    """Bytes that a runner with graphs keeps beyond one without; of few KV blocks, on which graphs do not depend."""
+    eager, whole = (memory.kept_bytes(functools.partial(make, 2)) for make in (make_eager, make_runner))
+    return max(0, whole - eager)
 
 
 def token_counts(room: Room) -> list[int]:

@@ -71,8 +71,8 @@ def join(shard: Shard, meeting: Path, device: str) -> None:
     if device == "cpu":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks of a replica share a host
     store = FileStore(str(meeting), shard.size)
-    backend = "gloo" if device == "cpu" else "nccl"
-    dist.init_process_group(backend, store=store, rank=shard.rank, world_size=shard.size)
+    backend, own = ("gloo", None) if device == "cpu" else ("nccl", torch.device("cuda", shard.rank))
+    dist.init_process_group(backend, store=store, rank=shard.rank, world_size=shard.size, device_id=own)
 
 
 def leave() -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from services.inference.adapters.slot_pool import AdapterWeights
 from services.inference.config import ServerConfig
 from services.inference.model.config import ModelConfig
-from services.inference.model.decoder import ForwardBatch
 from services.inference.parallel.shard import Shard
 
 
@@ -31,9 +29,14 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class SetBlocks:
-    """Set a KV cache of so many blocks aside, in place of the one there is."""
+    """Make a runner with so many KV blocks, in place of the one there is.
+
+    for_gpu: whether it is a `GpuRunner`; graphs: whether that one captures its decode, with all ranks' collectives
+    """
 
     num_blocks: int
+    for_gpu: bool
+    graphs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,9 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Run this step beside rank 0."""
+    """Call `forward` of the runner beside rank 0."""
 
-    batch: ForwardBatch
-    row_slots: Tensor
+    arguments: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)

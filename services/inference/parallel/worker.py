@@ -24,7 +24,8 @@ from services.common.process import settle
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.config import LOG_FORMAT
 from services.inference.hosting.wire import encode, portable, receive
-from services.inference.model.backend import load_decoder, paged_cache, pool_settings, set_threads
+from services.inference.model.backend import load_decoder, pool_settings, set_threads, torch_runner
+from services.inference.model.gpu_runner import GpuRunner
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
 from services.inference.parallel.collectives import Group, join
@@ -60,7 +61,7 @@ def _take_in(received: Iterator[Any], messages: queue.SimpleQueue[Any]) -> None:
 def _follow(messages: queue.SimpleQueue[Any], connection: socket.socket) -> None:
     begin = messages.get()
     assert isinstance(begin, Begin)
-    config, shard, model = begin.config, begin.shard, begin.shard.config(begin.model)
+    config, shard = begin.config, begin.shard
     set_threads(config)
     if config.device != "cpu":
         torch.cuda.set_device(shard.rank)
@@ -70,18 +71,21 @@ def _follow(messages: queue.SimpleQueue[Any], connection: socket.socket) -> None
     connection.sendall(encode(Loaded()))
     assert isinstance(messages.get(), Join)
     join(shard, begin.meeting, config.device)
-    runner: ModelRunner | None = None
+    runner: ModelRunner | GpuRunner | None = None
     while True:
         match messages.get():
-            case SetBlocks(num_blocks):
-                runner = ModelRunner(decoder, paged_cache(config, model, num_blocks), pool, Sampler(), ranks)
+            case SetBlocks() as blocks:
+                runner = None  # its memory is the next one's
+                runner = torch_runner(config, decoder, pool, Sampler(), ranks, blocks)
             case Load(adapter):
                 pool.load(adapter)
             case Evict(digest):
                 pool.evict(digest)
-            case Forward(batch, row_slots):
+            case Forward(arguments):
                 assert runner is not None, "a step before there is a cache"
-                runner.forward(batch, row_slots)
+                for error in pool.poll().values():
+                    raise error
+                runner.forward(*arguments)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -23,12 +23,15 @@ from services.inference.config import EXIT_ENGINE_DIED, ServerConfig
 from services.inference.hosting.wire import encode, receive
 from services.inference.model.config import ModelConfig
 from services.inference.model.decoder import ForwardBatch
+from services.inference.model.gpu_runner import GpuRunner, Share, StepLogits
 from services.inference.model.runner import ModelRunner
 from services.inference.parallel.collectives import join, leave
 from services.inference.parallel.messages import Begin, Evict, Failed, Forward, Join, Load, Loaded
 from services.inference.parallel.shard import Shard
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEATH_SECONDS = 10.0
 """How long the engine may take to end after a rank has: it may wait for that rank in a collective that NCCL never ends.
@@ -82,7 +85,16 @@ class Workers:
         if self._dead.is_set():
             raise Internal("RANK_DIED", self._death)
 
-    def blame(self, error: Exception) -> Exception:
+    def beside(self, forward: Callable[..., T], *arguments: Any) -> T:
+        """Call `forward` here while the other ranks call theirs. Raises Internal when a rank has ended."""
+        self.check()
+        self.send(Forward(arguments))
+        try:
+            return forward(*arguments)
+        except RuntimeError as error:
+            raise self._blame(error) from error
+
+    def _blame(self, error: Exception) -> Exception:
         """Why a collective failed: the rank that has ended, where one has, within a moment."""
         return Internal("RANK_DIED", self._death) if self._dead.wait(DEATH_SECONDS / 2) else error
 
@@ -177,9 +189,17 @@ class ParallelRunner(ModelRunner):
 
     def forward(self, batch: ForwardBatch, row_slots: Tensor) -> Tensor:
         """Raises Internal when a rank has ended."""
-        self._workers.check()
-        self._workers.send(Forward(batch, row_slots))
-        try:
-            return super().forward(batch, row_slots)
-        except RuntimeError as error:
-            raise self._workers.blame(error) from error
+        return self._workers.beside(super().forward, batch, row_slots)
+
+
+class ParallelGpuRunner(GpuRunner):
+    """The same on GPUs, one a rank."""
+
+    def __init__(self, workers: Workers, *arguments: Any, **settings: Any) -> None:
+        """arguments, settings: `GpuRunner`'s"""
+        self._workers = workers
+        super().__init__(*arguments, **settings)
+
+    def forward(self, step: Sequence[Share]) -> StepLogits:
+        """Raises Internal when a rank has ended."""
+        return self._workers.beside(super().forward, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -116,6 +117,11 @@ class World:
     @property
     def https(self) -> str:
         return self.inference.http.replace("http://", "https://")
+
+    @property
+    def tls(self) -> ssl.SSLContext:
+        """For clients of HTTP."""
+        return ssl.create_default_context(cafile=str(self.authority.ca))
 
     def audit(self, service: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.directory / f"{service}.audit").read_text().splitlines()]

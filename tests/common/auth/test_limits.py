@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from pathlib import Path
 
 import grpc
@@ -10,7 +9,9 @@ import httpx
 import pytest
 
 from multilora.inference.v1 import inference_pb2_grpc
+from services.common.auth.callers import Caller
 from services.common.auth.limits import Budget, Limits
+from services.common.auth.permissions import Role
 from services.common.errors import MultiloraError, ResourceExhausted
 from tests.assets.random_adapter import make_random_adapter
 from tests.common.auth.conftest import Adapters, World, ask
@@ -87,7 +88,7 @@ def test_rates_hold_at_both_services(world: World) -> None:
     assert [error.reason for error in errors][-1] == "TENANT_REQUEST_RATE_LIMIT"
     assert errors[-1].retry_after is not None
     assert 1 < errors[-1].retry_after <= 100
-    with httpx.Client(verify=ssl.create_default_context(cafile=str(world.authority.ca))) as http:
+    with httpx.Client(verify=world.tls) as http:
         headers = {"Authorization": f"Bearer {slow.token}"}
         answers = [http.get(f"{world.https}/v1/models", headers=headers) for _ in range(2)]
     assert answers[-1].status_code == 429
@@ -102,7 +103,7 @@ def test_a_stream_counts_until_it_ends(world: World) -> None:
         message = ask()
         message.request_id = "first"
         first = stub.Generate(message, metadata=busy.metadata, timeout=60)
-        world.inference.wait_in_flight("first")
+        world.inference.wait_in_flight(Caller("busy-reader", Role.READER, "busy").salted("first"))
         with pytest.raises(ResourceExhausted) as raised:
             busy.generate(ask())
         assert raised.value.reason == "TENANT_CONCURRENCY_LIMIT"

@@ -1,4 +1,5 @@
-"""`multilora bench` over TLS with a token: adapters of its own, made by an operator, asked for in both protocols."""
+"""`multilora bench` and `plan` over TLS with a token: adapters of its own, made by an operator, asked for in both
+protocols."""
 
 from __future__ import annotations
 
@@ -36,3 +37,16 @@ def test_a_load_is_put_on_services_that_ask_for_tokens(
     for flags in ((), https):
         metrics = bench(world, token_file, *names, *flags)
         assert (metrics["completed"], metrics["errors"]) == (completed, errors)
+
+
+@pytest.mark.parametrize(("caller", "code", "says"), [("ops-reader", 3, "knows no request"), ("acme-reader", 7, "403")])
+def test_a_page_of_metrics_is_for_every_tenants_callers(
+    world: World, tmp_path: Path, caller: str, code: int, says: str
+) -> None:
+    """Shown the token over TLS; in the instant between two readings, nobody asks for an adapter."""
+    token_file = tmp_path / "token"
+    token_file.write_text(world.tokens[caller])
+    shown = ("--ca", str(world.authority.ca), "--token-file", str(token_file))
+    ended = run_cli(*shown, "plan", "--from-metrics", f"{world.https}/metrics", "--hours", "0.001")
+    assert ended.returncode == code, ended.stderr
+    assert says in ended.stderr

@@ -7,25 +7,15 @@ from typing import Any, cast
 import grpc
 import httpx
 import pytest
-from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2
 
-from multilora.adapter_store.v1 import admin_pb2, store_pb2
-from multilora.inference.v1 import control_pb2, inference_pb2
 from services.common.auth.permissions import RULES, Role, Rule, may
 from services.common.call_metrics import CallCounts
 from services.common.errors import MultiloraError
 from services.common.rpc import from_rpc_error
 from services.inference.http.app import create_app
 from tests.common.auth.conftest import World
+from tests.common.auth.every_call import METHODS, refusal_of
 
-FILES = (health_pb2, reflection_pb2, admin_pb2, store_pb2, inference_pb2, control_pb2)
-METHODS = {
-    f"/{service.full_name}/{method.name}": method
-    for file in FILES
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
 REFUSED = ("ROLE_NOT_PERMITTED", "EVERY_TENANT_ONLY", "NO_TOKEN", "BAD_TOKEN", "TOO_MANY_BAD_TOKENS")
 CALLERS = [(tenant, role) for tenant in ("acme", "ops") for role in Role if (tenant, role) != ("acme", Role.REPLICA)]
 
@@ -49,9 +39,9 @@ def test_who_changes_is_admin_or_publisher() -> None:
 @pytest.mark.parametrize("tenant_and_role", [*CALLERS, None], ids=str)
 def test_both_services_keep_to_the_table(world: World, tenant_and_role: tuple[str, Role] | None) -> None:
     token = world.tokens["{}-{}".format(*tenant_and_role)] if tenant_and_role else ""
-    with httpx.Client(verify=_context(world)) as http:
+    with httpx.Client(verify=world.tls) as http:
         for key, rule in RULES.items():
-            refused = _rpc(world, key, token) if key in METHODS else _route(world, http, key, token)
+            refused = refusal_of(world, http, key, token)
             assert (refused not in REFUSED) == _expected(rule, tenant_and_role), f"{key}: {refused}"
 
 
@@ -59,50 +49,9 @@ def _expected(rule: Rule, who: tuple[str, Role] | None) -> bool:
     return rule.open if who is None else may(rule, who[1], every_tenant=who[0] == "ops")
 
 
-def _context(world: World) -> Any:
-    import ssl
-
-    return ssl.create_default_context(cafile=str(world.authority.ca))
-
-
-def _rpc(world: World, key: str, token: str) -> str:
-    """The reason of what an empty request is refused with, or nothing."""
-    method = METHODS[key]
-    client = world.client("acme-reader")
-    client.token = token
-    services = {
-        "AdapterStoreService": world.store,
-        "AdapterAdminService": world.store_admin,
-        "AdapterControlService": world.inference.admin,
-    }
-    channel = client.channel(services.get(key.split("/")[1].rpartition(".")[2], world.inference.address))
-    sends = "stream" if method.client_streaming else "unary"
-    gets = "stream" if method.server_streaming else "unary"
-    call = getattr(channel, f"{sends}_{gets}")(key)
-    try:
-        answer = call(iter(()) if method.client_streaming else b"", metadata=client.metadata, timeout=30)
-        if method.server_streaming:
-            next(answer, None)
-            answer.cancel()
-    except grpc.RpcError as error:
-        return from_rpc_error(error).reason
-    return ""
-
-
-def _route(world: World, http: httpx.Client, key: str, token: str) -> str:
-    method, path = key.split(" ")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    answer = http.request(method, f"{world.https}{path}", headers=headers, json={} if method == "POST" else None)
-    if answer.status_code < 400:
-        return ""
-    if answer.status_code == 401:
-        assert answer.headers["WWW-Authenticate"] == "Bearer"
-    return str(answer.json()["error"]["code"])
-
-
 @pytest.mark.parametrize("path", ["/metrics/", "/Metrics", "//metrics", "/v1/../metrics", "/docs"])
 def test_a_path_that_is_no_route_is_refused(world: World, path: str) -> None:
-    with httpx.Client(verify=_context(world)) as http:
+    with httpx.Client(verify=world.tls) as http:
         headers = {"Authorization": f"Bearer {world.tokens['acme-reader']}"}
         assert http.get(f"{world.https}{path}", headers=headers).status_code in (403, 404)
         assert http.head(f"{world.https}/metrics", headers=headers).status_code == 403

@@ -3,7 +3,6 @@
 # ruff: noqa: ARG001 -- `adapters` need only be there
 from __future__ import annotations
 
-import ssl
 from typing import Any
 
 import httpx
@@ -11,6 +10,7 @@ import pytest
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
 from multilora.inference.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from services.common.auth.callers import Caller
 from services.common.auth.permissions import RULES, Role, may
 from services.common.errors import MultiloraError, NotFound, PermissionDenied
 from tests.common.auth.conftest import Adapters, Client, World, ask
@@ -79,10 +79,15 @@ def test_every_call_that_names_an_adapter_is_tried() -> None:
 def test_anothers_adapter_is_as_if_there_were_none(world: World, adapters: Adapters, call: Any) -> None:
     kind, name, message, field = call
     client = world.client("beta-admin")
-    hidden, missing = (
-        vars(told(client, kind, name, filled(message, field, adapter))) | {"adapter": adapter}
-        for adapter in (HIDDEN, MISSING)
-    )
+
+    def refusals(suffix: str) -> list[dict[str, Any]]:
+        tried = [(each, filled(message, field, each + suffix)) for each in (HIDDEN, MISSING)]
+        return [vars(told(client, kind, name, request)) | {"adapter": each} for each, request in tried]
+
+    for suffix in ("@1", "@9", ":stable", ":nothing", ":latest"):  # which most calls take from nobody
+        hidden, missing = refusals(suffix)
+        assert str(hidden).replace("pirate", "nobody") == str(missing)
+    hidden, missing = refusals("")
     assert hidden["reason"] == "ADAPTER_NOT_FOUND"
     assert {key: str(value).replace(HIDDEN, MISSING) for key, value in hidden.items()} == {
         key: str(value) for key, value in missing.items()
@@ -92,22 +97,46 @@ def test_anothers_adapter_is_as_if_there_were_none(world: World, adapters: Adapt
     assert own.message.replace("beta/nobody", MISSING) == missing["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/unload_lora_adapter"])
-def test_over_http_too(world: World, adapters: Adapters, path: str) -> None:
-    bodies = {
-        "/v1/completions": {"prompt": "x"},
-        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
-        "/v1/unload_lora_adapter": {},
-    }
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/load_lora_adapter": {},
+    "/v1/unload_lora_adapter": {},
+}
+
+
+def test_every_route_that_is_posted_to_names_an_adapter() -> None:
+    assert {f"POST {path}" for path in BODIES} == {key for key in RULES if key.startswith("POST ")}
+
+
+@pytest.mark.parametrize("suffix", ["", "@1", ":stable"])
+@pytest.mark.parametrize("path", BODIES)
+def test_over_http_too(world: World, adapters: Adapters, path: str, suffix: str) -> None:
     answers = []
-    with httpx.Client(verify=ssl.create_default_context(cafile=str(world.authority.ca))) as http:
+    with httpx.Client(verify=world.tls) as http:
         for adapter in (HIDDEN, MISSING):
-            named = {"lora_name": adapter} if "lora" in path else {"model": adapter}
+            named = {"lora_name" if "lora" in path else "model": adapter + suffix}
             headers = {"Authorization": f"Bearer {world.tokens['beta-admin']}"}
-            answer = http.post(f"{world.https}{path}", headers=headers, json=bodies[path] | named)
+            answer = http.post(f"{world.https}{path}", headers=headers, json=BODIES[path] | named)
             answers.append((answer.status_code, answer.text.replace(HIDDEN, MISSING), sorted(answer.headers)))
     assert answers[0] == answers[1]
     assert answers[0][0] == 404
+
+
+def test_anothers_requests_are_not_to_be_told_by_their_ids(world: World) -> None:
+    acme = world.client("acme-reader")
+    stub = inference_pb2_grpc.InferenceServiceStub(acme.channel(world.inference.address))
+    message = ask()
+    message.request_id = "mine"
+    with world.inference.held():
+        first = stub.Generate(message, metadata=acme.metadata, timeout=60)
+        world.inference.wait_in_flight(Caller("acme-reader", Role.READER, "acme").salted("mine"))
+        assert told(acme, inference_pb2_grpc.InferenceServiceStub, "Generate", message).reason == "REQUEST_ID_IN_USE"
+        beta = world.client("beta-reader")
+        stub = inference_pb2_grpc.InferenceServiceStub(beta.channel(world.inference.address))
+        second = stub.Generate(message, metadata=beta.metadata, timeout=60)
+        world.inference.wait_in_flight(Caller("beta-reader", Role.READER, "beta").salted("mine"))
+    assert [next(answers).started.request_id for answers in (first, second)] == ["mine", "mine"]
 
 
 def test_a_bare_name_is_the_callers(world: World, adapters: Adapters) -> None:
@@ -147,7 +176,7 @@ def test_what_is_resident_is_shown_by_tenant(world: World, adapters: Adapters) -
     names = {resident.identity.adapter for resident in listed.adapters}
     assert "beta/pirate" in names
     assert not any(name.startswith("acme/") for name in names)
-    with httpx.Client(verify=ssl.create_default_context(cafile=str(world.authority.ca))) as http:
+    with httpx.Client(verify=world.tls) as http:
         headers = {"Authorization": f"Bearer {beta.token}"}
         models = http.get(f"{world.https}/v1/models", headers=headers).json()["data"]
     assert "beta/pirate" in {model["id"] for model in models}

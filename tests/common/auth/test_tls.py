@@ -65,6 +65,7 @@ def test_clients_show_certificates_that_name_them(authority: Authority, shown: P
     flags = (*tls_flags(shown), "--tls-client-ca", str(authority.ca), "--tokens", str(tokens))
     worker, stranger = authority.issue("worker"), authority.issue("stranger")
     other = Authority(tmp_path / "other").issue("worker")
+    expired = authority.issue("worker-of-old", days=-1)
     with run_store(tmp_path / "store", *flags) as store:
 
         def tried(pair: Pair | None, token: str = "") -> str:
@@ -72,7 +73,7 @@ def test_clients_show_certificates_that_name_them(authority: Authority, shown: P
             error = error_of(store.address, Credentials(ca=authority.ca, cert=cert, key=key, token=token))
             return "" if error is None else error.reason
 
-        assert tried(None, token) == tried(other, token) == "UNAVAILABLE"
+        assert tried(None, token) == tried(other, token) == tried(expired, token) == "UNAVAILABLE"
         assert tried(worker) == ""
         assert tried(stranger) == "NO_TOKEN"
         assert tried(stranger, token) == ""

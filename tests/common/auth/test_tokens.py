@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import stat
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 
+from multilora.adapter_store.v1 import store_pb2, store_pb2_grpc
 from services.common.auth import tokens as tokens_module
+from services.common.auth.credentials import bearer
 from services.common.auth.permissions import Role
 from services.common.auth.tokens import Tokens, add_token, digest_of
 from services.common.errors import InvalidArgument
+from services.common.rpc import from_rpc_error
 from tests.cli.conftest import run_cli
+from tests.conftest import run_store
 
 DIGEST = "0" * 64
 
@@ -53,6 +59,32 @@ def test_tokens_are_rotated_under_a_running_service(path: Path) -> None:
     assert known.by_token(old) is not None or path.suffix == ".toml"  # an empty file is no JSON
     path.write_text("{}" if path.suffix == ".json" else "")
     assert known.by_token(old) is None
+
+
+def test_a_watch_ends_when_its_token_is_taken_away(tmp_path: Path) -> None:
+    """A call without an end, which would otherwise be let in once for ever; the new token's goes on."""
+    tokens = tmp_path / "tokens.toml"
+    old = add_token(tokens, name="old", role=Role.REPLICA, tenant="*")
+    with (
+        run_store(tmp_path / "store", "--tokens", str(tokens)) as store,
+        grpc.insecure_channel(store.address) as channel,
+    ):
+        stub = store_pb2_grpc.AdapterStoreServiceStub(channel)
+
+        def watch(token: str) -> Iterator[store_pb2.WatchAdaptersResponse]:
+            answers: Iterator[store_pb2.WatchAdaptersResponse] = stub.WatchAdapters(
+                store_pb2.WatchAdaptersRequest(), metadata=bearer(token), timeout=120
+            )
+            return answers
+
+        watched = watch(old)
+        next(watched)
+        tokens.unlink()
+        new = add_token(tokens, name="new", role=Role.REPLICA, tenant="*")
+        with pytest.raises(grpc.RpcError) as raised:
+            list(watched)
+        assert from_rpc_error(raised.value).reason == "BAD_TOKEN"
+        next(watch(new))
 
 
 @pytest.mark.usefixtures("always_looking")

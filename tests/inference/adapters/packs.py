@@ -19,7 +19,7 @@ from services.adapter_store.records import Overrides
 from services.adapter_store.validation import validate
 from services.common.packed import decode_header, encode_header
 from services.common.profile import BaseModelProfile, linear_shapes
-from services.inference.adapters.copies import Copies, at_once
+from services.inference.adapters.copies import Lanes
 from services.inference.adapters.packed_adapter import BaseModelShapes, PackedAdapter
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.engine.request import AdapterVersion
@@ -50,14 +50,19 @@ def make_pool(
     max_loras: int = 3,
     dtype: torch.dtype = torch.float32,
     max_resident: int = 0,
-    copies: Copies = at_once,
+    lanes: Lanes | None = None,
+    rank: int = 0,
+    parts: int = 1,
 ) -> SlotPool:
+    """parts: ranks that share an adapter, each with a part of every input and output"""
     shapes = linear_shapes(CONFIG)
-    groups = {}
+    whole, part = {}, {}
     for group, linears in LINEAR_GROUPS.items():
         of_group = [shapes[f"model.layers.0.{linear}"] for linear in linears]
-        groups[group] = GroupShape(of_group[0].in_features, tuple(shape.out_features for shape in of_group))
-    return SlotPool(groups, LAYERS, max_loras, MAX_RANK, dtype, max_resident, copies=copies)
+        width, outs = of_group[0].in_features, [shape.out_features for shape in of_group]
+        whole[group] = GroupShape(width, tuple(outs))
+        part[group] = GroupShape(width // parts, tuple(out // parts for out in outs))
+    return SlotPool(part, LAYERS, max_loras, MAX_RANK, dtype, max_resident, rank, lanes=lanes, whole=whole)
 
 
 @dataclass(frozen=True)

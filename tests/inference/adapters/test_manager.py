@@ -22,14 +22,17 @@ from services.common.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from services.inference.adapters import failures
-from services.inference.adapters.copies import Arrived, Copies, at_once
+from services.inference.adapters import copies, failures
+from services.inference.adapters.copies import Lanes
 from services.inference.adapters.disk_cache import DiskCache
 from services.inference.adapters.manager import AdapterManager
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.engine.interfaces import Lack
 from services.inference.engine.request import AdapterVersion
+from tests.inference.adapters.lanes import HeldLanes
 from tests.inference.adapters.packs import Pack, base_shapes, lying, make_pool
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
 
 
 @dataclass
@@ -155,12 +158,12 @@ def make_bench(
     max_cpu_bytes: int = 0,
     idle_ttl: float = 0.0,
     max_disk_bytes: int = 1 << 30,
-    copies: Copies = at_once,
+    lanes: Lanes | None = None,
 ) -> Bench:
     ended: queue.SimpleQueue[None] = queue.SimpleQueue()
     puller = HandingOut({pack.version.pack_digest: pack.data for pack in packs.values()})
     puller.gate.set()
-    clock, pool = Clock(), make_pool(max_loras=max_loras, max_resident=max_resident, copies=copies)
+    clock, pool = Clock(), make_pool(max_loras=max_loras, max_resident=max_resident, lanes=lanes)
     manager = AdapterManager(
         puller if store else None,
         DiskCache(directory, max_disk_bytes),
@@ -332,90 +335,117 @@ def test_a_copy_to_the_pool_that_fails(bench: Bench, monkeypatch: pytest.MonkeyP
     assert bench.step("half") == [1]
 
 
-@dataclass
-class CopyEngine:
-    """Copies as a GPU's: done some time after they were asked for, in their order; or refused for want of memory."""
-
-    asked: list[Callable[[], None]] = field(default_factory=list)
-    full: bool = False
-
-    def __call__(self, copy: Callable[[], None]) -> Arrived:
-        if self.full:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-        self.asked.append(copy)
-        return lambda: copy not in self.asked
-
-    def work(self) -> None:
-        """Do the oldest copy."""
-        self.asked[0]()
-        del self.asked[0]
+@pytest.fixture
+def lanes() -> HeldLanes:
+    return HeldLanes()
 
 
 @pytest.fixture
-def engine() -> CopyEngine:
-    return CopyEngine()
-
-
-@pytest.fixture
-def late(packs: dict[str, Pack], tmp_path: Path, engine: CopyEngine) -> Iterator[Bench]:
-    """A bench whose copies are done when `engine` does them."""
-    made = make_bench(packs, tmp_path, copies=engine)
+def late(packs: dict[str, Pack], tmp_path: Path, lanes: HeldLanes) -> Iterator[Bench]:
+    """A bench whose copies are done when `lanes` do them, a layer at a time under way."""
+    made = make_bench(packs, tmp_path, lanes=lanes)
     yield made
     made.manager.close()
 
 
-def test_others_run_while_a_copy_is_under_way(late: Bench, engine: CopyEngine) -> None:
+def test_others_run_while_copies_are_under_way(late: Bench, lanes: HeldLanes) -> None:
     late.bring("half", "rank-1")
     assert late.step("half") == [Lack.ADAPTER]
-    engine.work()
+    lanes.work()
     assert late.step("half") == [Lack.ADAPTER], "steps take in what arrived before they began"
     late.wait(0)
     assert late.step("half", "rank-1", "half") == [0, Lack.ADAPTER, 0]
-    engine.work()
+    lanes.work()
     late.wait(0)
     assert late.step("rank-1", "half") == [1, 0]
     assert late.manager.loads == 2
 
 
-def test_a_copy_under_way_keeps_its_slot(late: Bench, engine: CopyEngine) -> None:
+def test_a_prompt_may_follow_its_adapters_copy(late: Bench, lanes: HeldLanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once every layer's copy has begun; and whoever comes after it finds the copy done, in the device's order."""
+    monkeypatch.setattr(copies, "AHEAD_BYTES", 1)
+    late.bring("half")
+    version = late.version("half")
+    assert late.manager.acquire(version, follows=True) is Lack.ADAPTER, "a layer is yet to begin"
+    lanes.work()
+    late.wait(0)
+    assert late.manager.acquire(version) is Lack.ADAPTER
+    assert late.manager.acquire(version, follows=True) == 0
+    late.manager.release(version)
+    late.manager.check_integrity()
+    assert late.step("half") == [0]
+    assert not late.pool.slots()[0].arrived, "nobody waited"
+
+
+def test_a_copy_under_way_keeps_its_slot(late: Bench, lanes: HeldLanes) -> None:
     """Whoever asks first runs first: the others do not take the slot from under its copy."""
     late.bring("half", "rank-1", "rank-16")
     for _ in range(2):
         assert late.step("half", "rank-1", "rank-16") == [Lack.ADAPTER, Lack.ADAPTER, Lack.ROOM]
-    assert len(engine.asked) == 2
-    engine.work()
-    engine.work()
+    assert not lanes.done
+    lanes.work()
     late.wait(0)
     assert late.step("half", "rank-1") == [0, 1]
 
 
-def test_an_adapter_that_leaves_while_its_copy_is_under_way(late: Bench, engine: CopyEngine) -> None:
+def test_an_adapter_that_leaves_while_its_copy_is_under_way(late: Bench, lanes: HeldLanes) -> None:
     late.bring("half")
     assert late.step("half") == [Lack.ADAPTER]
     late.let_go("half")
     late.manager.drop("default/half", 1)
     late.bring("rank-1")
     assert late.step("rank-1") == [Lack.ADAPTER]
-    engine.work()
-    engine.work()
+    lanes.work()
     late.wait(0)
     assert late.step("rank-1")[0] in (0, 1)
 
 
-def test_a_device_without_memory_for_the_copy(late: Bench, engine: CopyEngine) -> None:
+def test_a_device_without_memory_for_the_copy(late: Bench, lanes: HeldLanes) -> None:
     """Those who asked for the adapter are told to try later; the pool is whole, and others use it."""
     late.bring("half", "rank-1")
-    engine.full = True
+    lanes.faults["copy"] = NO_MEMORY
     assert late.run("half") == [Lack.ADAPTER]
     late.pool.check_integrity()
     failure = late.manager.failure(late.version("half"))
     assert isinstance(failure, ResourceExhausted) and failure.reason == "DEVICE_MEMORY_FULL"
     assert failure.retry_after == pytest.approx(failures.FIRST_REST)
-    engine.full = False
     assert late.step("rank-1") == [Lack.ADAPTER]
-    engine.work()
+    lanes.work()
     late.wait(0)
     assert late.step("rank-1")[0] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("lane", "fault", "kind", "reason"),
+    [
+        ("copy", NO_MEMORY, ResourceExhausted, "DEVICE_MEMORY_FULL"),
+        ("scatter", RuntimeError("CUDA error: invalid argument"), Internal, "ADAPTER_FAILED"),
+    ],
+)
+def test_a_later_layer_that_fails(
+    lane: str,
+    fault: Exception,
+    kind: type[MultiloraError],
+    reason: str,
+    late: Bench,
+    lanes: HeldLanes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends that adapter's load, whose state had been GPU, and no other's."""
+    monkeypatch.setattr(copies, "AHEAD_BYTES", 1)
+    late.bring("half", "rank-1")
+    assert late.step("half", "rank-1") == [Lack.ADAPTER] * 2
+    lanes.work()
+    lanes.faults[lane] = fault
+    late.wait(0)
+    assert late.state("half") == "FAILED" and late.tiers("half", "rank-1") == ["STORE", "GPU"]
+    failure = late.manager.failure(late.version("half"))
+    assert isinstance(failure, kind) and failure.reason == reason
+    for _ in range(3):
+        lanes.work()
+        late.wait(0)
+    assert late.step("rank-1") == [1]
+    late.let_go("half")
 
 
 def test_a_copy_that_fails_while_it_drains(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.inference.adapters import copies
 from services.inference.adapters.slot_pool import SlotPool, pages_for
-from tests.inference.adapters.packs import Pack, base_shapes, lying, make_pool, poison
+from tests.inference.adapters.lanes import HeldLanes
+from tests.inference.adapters.packs import LAYERS, Pack, base_shapes, lying, make_pool, poison
 
 Operation = tuple[str, int]
 
@@ -32,14 +35,18 @@ def check_contents(pool: SlotPool, resident: dict[str, Pack], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside steps"])
 @given(
-    operations=st.lists(st.tuples(st.sampled_from(["load", "load", "evict", "touch"]), st.integers(0, 7)), max_size=14)
+    operations=st.lists(st.tuples(st.sampled_from(["load", "load", "evict", "touch"]), st.integers(0, 7)), max_size=14),
+    order=st.randoms(use_true_random=False),
 )
 @settings(max_examples=25, deadline=None)
 def test_any_order_of_loads_and_evictions(
-    packs: dict[str, Pack], dtype: torch.dtype, operations: Sequence[Operation]
+    packs: dict[str, Pack], dtype: torch.dtype, beside: bool, operations: Sequence[Operation], order: random.Random
 ) -> None:
-    pool = make_pool(max_loras=3, dtype=dtype)
+    """Beside steps, lanes do some of their work after each operation; pages change hands with copies under way."""
+    lanes = HeldLanes() if beside else None
+    pool = make_pool(max_loras=3, dtype=dtype, lanes=lanes)
     poison(pool)
     everyone, resident = list(packs.values()), dict[str, Pack]()
     for operation, index in operations:
@@ -60,7 +67,70 @@ def test_any_order_of_loads_and_evictions(
             pool.touch(digest)
             resident[digest] = resident.pop(digest)
         assert [slot.digest for slot in pool.slots()] == list(resident), "not in the order of use"
-        check_contents(pool, resident, dtype)
+        pool.check_integrity()
+        if lanes is None:
+            check_contents(pool, resident, dtype)
+        else:
+            lanes.work(order.randint(0, 4), order)
+            assert not pool.poll()
+    if lanes is not None:
+        lanes.work(order=order)
+        assert not pool.poll()
+        assert all(slot.arrived for slot in pool.slots())
+    check_contents(pool, resident, dtype)
+
+
+def test_adapters_that_are_copied_take_turns_layer_by_layer(
+    packs: dict[str, Pack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "AHEAD_BYTES", 1)
+    lanes = HeldLanes()
+    pool = make_pool(lanes=lanes)
+    slots = [pool.load(packs[name].adapter()) for name in ("rank-40", "rank-16", "rank-1")]
+    arrived = []
+    while not all(slot.arrived for slot in slots):
+        lanes.work()
+        pool.poll()
+        arrived.append(sum(slot.arrived for slot in slots))
+    assert len(lanes.done) == 3 * 2 * LAYERS
+    assert arrived == [0, 1, 1, 1, 2, 3], "the second and the third are half there before either is whole"
+
+
+@pytest.mark.parametrize("name", ["rank-17", "rank-40", "patterns", "one-layer"])
+def test_of_an_adapter_a_rank_has_its_columns(packs: dict[str, Pack], name: str) -> None:
+    """Copied whole and cut as it is scattered, or cut in host memory: the same."""
+    lanes = HeldLanes()
+    pools = [make_pool(lanes=each, rank=1, parts=2) for each in (None, lanes)]
+    for pool in pools:
+        poison(pool)
+        pool.load(packs[name].adapter())
+    lanes.work()
+    pools[1].poll()
+    for expected, found in zip(*map(lying, pools), strict=True):
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_who_follows_a_copy_waits_for_each_layer_and_others_for_none(
+    packs: dict[str, Pack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "AHEAD_BYTES", 1)
+    lanes = HeldLanes()
+    pool = make_pool(lanes=lanes)
+    there = pool.load(packs["rank-1"].adapter())
+    while not there.arrived:
+        lanes.work()
+        pool.poll()
+    slot = pool.load(packs["half"].adapter())
+    assert pool.may_follow(there) and not pool.may_follow(slot), "a layer is yet to begin"
+    lanes.waits.clear()
+    pool.wait({there.index})
+    assert not lanes.waits
+    pool.wait({slot.index, there.index}, 0)
+    assert pool.may_follow(slot), "whoever waits begins what is left"
+    pool.wait({slot.index}, 1)
+    pool.wait({slot.index})
+    assert lanes.waits == ["scatter 6", "scatter 8", "scatter 8"]
 
 
 def test_an_adapter_takes_the_pages_of_its_rank(packs: dict[str, Pack]) -> None:

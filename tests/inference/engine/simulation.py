@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from services.common.errors import DataLoss
-from services.inference.engine.interfaces import Lack, SampledToken, ScheduledRequest
+from services.inference.engine.interfaces import Lack, SampledToken, ScheduledRequest, StepDone
 from services.inference.engine.messages import ResidentAdapter
 from services.inference.engine.request import AdapterVersion, StoppingParams
 
@@ -50,12 +50,12 @@ class ScriptedRunner:
         self._cache: dict[int, int] = {}
         self.fails: set[str] = set()
 
-    def run(self, step: Sequence[ScheduledRequest]) -> list[SampledToken | None]:
+    def launch(self, step: Sequence[ScheduledRequest]) -> StepDone:
         for scheduled in step:
             request, start = scheduled.request, scheduled.request.num_computed_tokens
             for position in range(start, start + scheduled.num_tokens):
                 self._cache[self._row(request.block_ids, position)] = request.token_ids[position]
-        return [self._sample(scheduled) if scheduled.samples else None for scheduled in step]
+        return StepDone([self._sample(scheduled) if scheduled.samples else None for scheduled in step])
 
     def _row(self, block_ids: Sequence[int], position: int) -> int:
         return block_ids[position // self._block_size] * self._block_size + position % self._block_size
@@ -135,7 +135,7 @@ class MemoryAdapters:
     def failure(self, adapter: AdapterVersion) -> Exception | None:
         return self._failures.get(adapter.digest)
 
-    def acquire(self, adapter: AdapterVersion) -> int | Lack:
+    def acquire(self, adapter: AdapterVersion, **_: bool) -> int | Lack:
         digest = adapter.digest
         assert digest in self.in_memory and self.claims[digest], "acquired without a claim, or before it was ready"
         if digest not in self.slots:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from services.common.errors import DataLoss
 from services.inference.config import SchedulerConfig
 from services.inference.engine.engine import DeadlinePassedError, Engine
-from services.inference.engine.interfaces import ScheduledRequest
+from services.inference.engine.interfaces import Runner, ScheduledRequest
 from services.inference.engine.loop import EngineLoop
 from services.inference.engine.messages import (
     AbortRequest,
@@ -32,6 +34,7 @@ from services.inference.engine.messages import (
 )
 from services.inference.engine.request import AdapterVersion, SamplingParams, StoppingParams
 from services.inference.engine.scheduler import Scheduler
+from tests.inference.engine.ahead import RunningAhead
 from tests.inference.engine.simulation import VOCAB, MemoryAdapters, ScriptedRunner, adapter_version, script
 
 MAX_MODEL_LEN = 24
@@ -59,7 +62,13 @@ class Bench:
 
 
 def make_bench(
-    *, num_blocks: int = 9, max_num_seqs: int = 3, budget: int = 5, claims: int = 3, slots: int = 2
+    *,
+    num_blocks: int = 9,
+    max_num_seqs: int = 3,
+    budget: int = 5,
+    claims: int = 3,
+    slots: int = 2,
+    ahead: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> Bench:
     config = SchedulerConfig(
         max_model_len=MAX_MODEL_LEN,
@@ -71,9 +80,13 @@ def make_bench(
     adapters, clock = MemoryAdapters(claims, slots), Clock()
     runner = ScriptedRunner(BLOCK_SIZE, adapters)
     steps: list[list[ScheduledRequest]] = []
-    return Bench(
-        Engine(Scheduler(config, adapters), runner, adapters, clock, steps.append), runner, adapters, clock, steps
-    )
+
+    def log(step: list[ScheduledRequest]) -> None:
+        steps.append(step)
+        assert not any(each.request.num_output_tokens >= each.request.stopping.max_tokens for each in step)
+
+    engine = Engine(Scheduler(config, adapters), ahead(runner), adapters, clock, log)
+    return Bench(engine, runner, adapters, clock, steps)
 
 
 @dataclass
@@ -97,14 +110,28 @@ class EngineMachine(RuleBasedStateMachine):
         more=st.integers(0, 4),
         claims=st.integers(2, 4),
         slots=st.integers(1, 2),
+        ahead=st.booleans(),
     )
-    def start(self, num_blocks: int, max_num_seqs: int, more: int, claims: int, slots: int) -> None:
+    def start(self, num_blocks: int, max_num_seqs: int, more: int, claims: int, slots: int, ahead: bool) -> None:
         bench = make_bench(
-            num_blocks=num_blocks, max_num_seqs=max_num_seqs, budget=max_num_seqs + more, claims=claims, slots=slots
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            budget=max_num_seqs + more,
+            claims=claims,
+            slots=slots,
+            ahead=self.run_ahead if ahead else lambda runner: runner,
         )
         self.engine, self.runner, self.adapters, self.clock = bench.engine, bench.runner, bench.adapters, bench.clock
         self.sent: dict[str, Sent] = {}
         self.failed: set[str] = set()
+
+    def run_ahead(self, runner: Runner) -> Runner:
+        """Some requests' tokens are the host's to choose, and some come late."""
+        return RunningAhead(
+            runner,
+            is_left_to_host=lambda request: request.stopping.min_tokens == 3,
+            is_late=lambda _request, token: token % 5 == 0,
+        )
 
     @rule(
         prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=MAX_MODEL_LEN - 1),
@@ -136,6 +163,11 @@ class EngineMachine(RuleBasedStateMachine):
         sent = data.draw(st.sampled_from(list(self.sent.values())))
         sent.aborted = True
         self.engine.abort(sent.add.request_id)
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def a_row_will_fail(self, data: st.DataObject) -> None:
+        self.runner.fails.add(data.draw(st.sampled_from(list(self.sent))))
 
     @rule()
     def abort_a_stranger(self) -> None:
@@ -190,7 +222,8 @@ class EngineMachine(RuleBasedStateMachine):
                     assert sent.deadline is not None and sent.deadline <= self.clock.now
                 else:
                     assert isinstance(finished.error, DataLoss)
-                    assert sent.add.adapter is not None and sent.add.adapter.digest in self.failed
+                    lost = sent.add.adapter is not None and sent.add.adapter.digest in self.failed
+                    assert lost or sent.add.request_id in self.runner.fails
 
     @invariant()
     def books_agree(self) -> None:
@@ -385,6 +418,20 @@ def test_the_loop_cancels_what_it_does_not_drain() -> None:
     running.end()
 
 
+@pytest.mark.parametrize("drain", [True, False])
+def test_the_loop_reads_what_it_launched_before_it_ends(drain: bool) -> None:
+    bench = make_bench(ahead=RunningAhead)
+    running = RunningLoop.start(bench)
+    running.loop.inbox.put(add("r", [1, 2], max_tokens=20))
+    assert isinstance(running.next(), RequestStarted)
+    running.loop.inbox.put(Shutdown(drain=drain))
+    assert running.until_finished().reason in ("LENGTH", "LENGTH" if drain else "CANCELLED")
+    running.end()
+    runner = bench.engine.runner
+    assert isinstance(runner, RunningAhead)
+    assert Counter(what for what, _ in runner.log) == {"launch": len(runner.log) // 2, "read": len(runner.log) // 2}
+
+
 @pytest.mark.parametrize("timeout", [1e12, float("inf")])
 def test_a_deadline_beyond_all_clocks_is_no_harm(timeout: float) -> None:
     running = RunningLoop.start(make_bench())
@@ -408,7 +455,7 @@ def test_a_deadline_wakes_an_idle_loop() -> None:
 
 def test_a_fault_of_the_runner_is_told(caplog: pytest.LogCaptureFixture) -> None:
     bench = make_bench()
-    bench.runner.run = lambda _step: 1 / 0  # type: ignore[assignment, method-assign]
+    bench.runner.launch = lambda _step: 1 / 0  # type: ignore[assignment, method-assign]
     with caplog.at_level(logging.CRITICAL):
         running = RunningLoop.start(bench)
         running.loop.inbox.put(add("r", [1]))

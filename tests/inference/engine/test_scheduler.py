@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from services.inference.config import SchedulerConfig
 from services.inference.engine.interfaces import ScheduledRequest
-from services.inference.engine.request import Request, RequestStatus, SamplingParams, StoppingParams
+from services.inference.engine.request import PENDING, Request, RequestStatus, SamplingParams, StoppingParams
 from services.inference.engine.scheduler import BLOCK_PATIENCE, Scheduler
 from tests.inference.engine.simulation import MemoryAdapters, adapter_version
 
@@ -80,12 +80,12 @@ def put(scheduler: Scheduler, request: Request) -> Request:
 def take_step(scheduler: Scheduler) -> list[ScheduledRequest]:
     """Schedule, and do to the requests what the engine does after a run."""
     step = scheduler.schedule()
-    for scheduled in step:
-        samples = scheduled.samples
-        scheduler.advance(scheduled)
-        if samples:
-            scheduled.request.token_ids.append(7)
-    scheduler.end_step(step, 0.0)
+    scheduler.launched(step)
+    for request in [scheduled.request for scheduled in step]:
+        scheduler.kv.remember(request, request.num_computed_tokens)
+        if request.token_ids[-1] == PENDING:
+            request.token_ids[-1] = 7
+    scheduler.took(step, 0.0)
     return step
 
 
@@ -318,8 +318,8 @@ def test_a_slow_machine_gives_prompts_smaller_shares() -> None:
     put(scheduler, make_request("long", 900))
     step = scheduler.schedule()
     assert names(step) == [("long", 400)], "nothing is known yet"
-    scheduler.advance(step[0])
-    scheduler.end_step(step, seconds=0.4)
+    scheduler.launched(step)
+    scheduler.took(step, seconds=0.4)
     assert names(scheduler.schedule()) == [("long", 100)], "a millisecond a token, a tenth of a second a step"
 
 
