@@ -119,8 +119,9 @@ test-gpu: gpu ## the kernels and the engine's runner on a CUDA GPU; on any image
 	    --disable-pip-version-check --constraint constraints.txt --target .data/gpu-tests $(GPU_TESTS)
 	$(GPU_PYTHON) -m pytest -q -m cuda --confcutdir tests/kernels tests/kernels tests/inference/test_gpu_runner_cuda.py
 
-bench-gpu: gpu ## the kernels beside the base, the bytes, vLLM's and SGLang's (BENCH_FLAGS=--quick: a fifth)
+bench-gpu: gpu ## the kernels beside the base, the bytes, vLLM's and SGLang's (BENCH_FLAGS=--quick: a fifth); the engine
 	@$(GPU_PYTHON) -m kernels.bench.lora $(BENCH_FLAGS)
+	@PYTHONPATH=.:kernels:protos $(PYTHON) -m services.bench.engine.gpu --out kernels/bench/results/engine.jsonl
 
 bench-store: $(VENV)/.servers ## the store beside bare programs, within six minutes (BENCH_FLAGS=--quick: one)
 	@$(BIN)/python -m services.bench.store $(BENCH_FLAGS)

@@ -54,9 +54,33 @@ def gates(results: Sequence[Result], bandwidth: float) -> list[Gate]:
     ]
 
 
-def table(results: Sequence[Result], bandwidth: float) -> str:
+def engine_gates(results: Sequence[Result]) -> list[Gate]:
+    """Of the engine's own lines, whose ratios are of one run each (`services.bench.engine.gpu`)."""
+
+    def of(metric: str, **setup: object) -> list[float]:
+        kept = [each for each in results if setup.items() <= each["setup"].items() and metric in each["metrics"]]
+        return [each["metrics"][metric] for each in kept]
+
+    def share(name: str, gate: float, aim: float, **setup: object) -> Gate:
+        return Gate(name, gate, aim, min(of("of_base", rank=16, **setup), default=None), at_least=True)
+
+    steps, floors = (of(metric, case="decode", adapters=0) for metric in ("seconds", "weights_floor_seconds"))
+    base = [step / floor for step, floor in zip(steps, floors, strict=True)]
+    loads = (1e3 * each for each in of("seconds", case="load", rank=16))
+    return [
+        share("decode, one r=16 adapter, share of base", 0.88, 0.97, case="decode", adapters=1),
+        share("decode, batch 64, 16 adapters", 0.83, 0.92, case="decode", batch=64, adapters=16),
+        share("decode, batch 64, 64 adapters", 0.68, 0.77, case="decode", batch=64, adapters=64),
+        share("prefill, one r=16 adapter", 0.90, 0.95, case="prefill", adapters=1),
+        Gate("base decode over reading the weights", 1.25, 1.15, max(base, default=None)),
+        Gate("a load of r=16, ms", 2.2, 1.8, max(loads, default=None)),
+        Gate("p99 of steps beside loads, over without", 1.05, 1.02, max(of("p99_of_quiet"), default=None)),
+    ]
+
+
+def table(found: Sequence[Gate]) -> str:
     rows = [("", "seen", "gate", "aim", "")]
-    for each in gates(results, bandwidth):
+    for each in found:
         seen = "" if each.seen is None else f"{each.seen:.3g}"
         rows.append((each.name, seen, f"{each.gate:g}", f"{each.aim:g}", each.verdict))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -42,7 +42,7 @@ from kernels.bench.cases import (
     page_tables,
     paged_weights,
 )
-from kernels.bench.gates import table
+from kernels.bench.gates import gates, table
 from lora_kernels import LoraBatch, WorkList
 from lora_kernels.reference import TOLERANCES, apply_lora_reference
 from lora_kernels.triton_fused import linear_beside_shrink, linear_expand
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(run_case(case, options, sources, bandwidth))
             print(json.dumps(results[-1] | about), file=lines, flush=True)
             print(f"{case}: {results[-1]['metrics']['ours']}", file=sys.stderr)
-    print(f"{about['device']}\n{about['versions']}\n{table(results, bandwidth)}\n{path}")
+    print(f"{about['device']}\n{about['versions']}\n{table(gates(results, bandwidth))}\n{path}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,13 @@ def test_every_case_runs_and_no_time_is_printed() -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert Counter(line["setup"]["case"] for line in lines) == {"load": 2, "decode": 10, "prefill": 4, "growth": 4}
+    assert Counter(line["setup"]["case"] for line in lines) == {
+        "load": 2,
+        "decode": 10,
+        "prefill": 4,
+        "growth": 4,
+        "loading": 1,
+    }
     assert all(line["metrics"] == {} for line in lines)
     assert {line["setup"]["rank"] for line in lines} == {8, 16}
+    assert run.stderr.count("not measured") == 7

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kernels.bench.cases import LLAMA_8B, Case, adapter_bytes, cases
-from kernels.bench.gates import gates, table
+from kernels.bench.gates import engine_gates, gates, table
 from kernels.bench.tune import Candidate, choose
 from lora_kernels.tuning import TABLE
 
@@ -109,7 +109,7 @@ def test_gates_are_of_the_worst_case() -> None:
     assert seen["ours over vllm"] == (8 / 7, "MISSED")
     assert seen["cases faster than sglang"] == (None, "not measured")
     assert seen["host work a step"] == (30.0, "aim")
-    assert len(table(results, TERABYTE).splitlines()) == 1 + len(gates(results, TERABYTE))
+    assert len(table(gates(results, TERABYTE)).splitlines()) == 1 + len(gates(results, TERABYTE))
 
 
 USUAL = Candidate((("splits", 4),), (("num_warps", 2),))
@@ -127,3 +127,21 @@ def test_tuning_chooses_sums_for_all_batches_and_the_rest_for_each() -> None:
 def test_tuning_keeps_the_default_where_a_gain_is_noise() -> None:
     times = {16: {USUAL: 10.0, MORE_WARPS: 9.9, TWO_SPLITS: 9.85}}
     assert choose(times, USUAL) == (USUAL.sums, {16: USUAL.dealing})
+
+
+def test_the_engines_gates_take_the_worst_of_what_they_are_about() -> None:
+    def line(case: str, metrics: dict[str, float], **setup: int) -> dict[str, Any]:
+        return {"setup": {"case": case, **setup}, "metrics": metrics}
+
+    results = [
+        line("decode", {"seconds": 4.0, "weights_floor_seconds": 3.0}, batch=1, adapters=0, rank=16),
+        line("decode", {"of_base": 0.99}, batch=1, adapters=1, rank=16),
+        line("decode", {"of_base": 0.9}, batch=64, adapters=1, rank=16),
+        line("decode", {"of_base": 0.5}, batch=64, adapters=1, rank=64),
+        line("decode", {"of_base": 0.8}, batch=64, adapters=16, rank=16),
+        line("load", {"seconds": 0.0017}, rank=16),
+        line("loading", {"p99_of_quiet": 1.04}, batch=64, adapters=1, rank=16),
+    ]
+    found = engine_gates(results)
+    assert [each.verdict for each in found] == ["gate", "MISSED", *["not measured"] * 2, "MISSED", "aim", "gate"]
+    assert [each.seen for each in found if each.seen] == pytest.approx([0.9, 0.8, 4 / 3, 1.7, 1.04])

@@ -4,8 +4,9 @@
     python -m services.bench.engine.gpu --device cpu    a tiny model, every case once, no times: does it run
 
 Decode in CUDA graphs, base and LoRA in turn, so that each ratio is of one run; prefill; growth of the context; loads
-into the pool, each until the device has it. A JSON line a case, beside what the device's copies reach in the same run.
-η is the time that reading the adapters takes at that bandwidth ÷ the time they add.
+into the pool, each until the device has it, and steps while others load. A JSON line a case, beside what the device's
+copies reach in the same run; in the end a table beside gates and aims, to standard error. η is the time that reading
+the adapters takes at that bandwidth ÷ the time they add.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.bench.gates import engine_gates, table
 from services.inference.adapters.packed_adapter import ModuleTensors
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.engine.interfaces import ScheduledRequest
@@ -202,6 +205,22 @@ class Bench:
         taken = [self._step(step) for _ in range(self.shape.steps + 1)]
         return statistics.mean(taken[1:])
 
+    def steps_beside(self, adapter: RandomAdapter | None) -> list[float]:
+        """Seconds of decode steps, each until its tokens are read, while an adapter is loaded again and again."""
+        requests = self._requests(self.shape.middle, 1, self.shape.context, computed=self.shape.context - 1)
+        return [self._step_beside(requests, adapter) for _ in range(self.shape.steps + 1)][1:]
+
+    def _step_beside(self, requests: list[tuple[Request, int | None]], adapter: RandomAdapter | None) -> float:
+        began = time.perf_counter()
+        for error in self.pool.poll().values():
+            raise error
+        if adapter is not None and ((slot := self.pool.get(adapter.digest)) is None or slot.arrived):
+            if slot is not None:
+                self.pool.evict(slot.digest)
+            self.pool.load(adapter)
+        self._launch(requests)
+        return time.perf_counter() - began
+
     def prefill(self, distinct: int) -> float:
         return self._step(self._requests(1, distinct, self.shape.prompt, computed=0))
 
@@ -218,18 +237,40 @@ class Bench:
         return made
 
     def _step(self, requests: list[tuple[Request, int | None]]) -> float:
+        return self.seconds(lambda: self._launch(requests))
+
+    def _launch(self, requests: list[tuple[Request, int | None]]) -> None:
         step = [ScheduledRequest(request, request.num_uncomputed_tokens, slot) for request, slot in requests]
-        taken = self.seconds(lambda: self.runner.launch(step).read())
+        self.runner.launch(step).read()
         for request, _ in requests:
             request.num_computed_tokens = len(request.token_ids)
             request.token_ids.append(7)
-        return taken
 
     def copy_bandwidth(self) -> float:
         """Bytes read and written a second by a copy within the device."""
         source = torch.empty(1 << (30 if self.device.type == "cuda" else 20), dtype=torch.uint8, device=self.device)
         to = torch.empty_like(source)
         return 2 * source.nbytes / min(self.seconds(lambda: to.copy_(source)) for _ in range(5))
+
+
+def loading(bench: Bench) -> dict[str, Any]:
+    """Decode steps while an adapter is loaded again and again, and without, in turn: p99 ÷ p99."""
+    shape = bench.shape
+    bench.load(max(shape.distinct) - 1, 16)
+    adapter = RandomAdapter("coming and going", bench.model, 16, bench.device.type == "cuda")
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(shape.rounds + 1):
+        for loads, steps in taken.items():
+            found = bench.steps_beside(adapter if loads else None)
+            if number:
+                steps += found
+    quiet, beside_loads = (_p99(steps) for steps in taken.values())
+    about = {"case": "loading", "batch": shape.middle, "adapters": 1, "rank": 16, "context": shape.context}
+    return about | {"seconds_p99": beside_loads, "p99_of_quiet": beside_loads / quiet}
+
+
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[round(0.99 * (len(values) - 1))]
 
 
 def blocks_for(tokens: int) -> int:
@@ -274,6 +315,7 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
                 **spread("seconds", taken),
                 **beside(taken, found[0,], distinct * adapter_bytes / rate),
             }
+    yield loading(bench)
     points = [(context, distinct) for context in shape.contexts for distinct in (0, 1)]
     found = in_turn(points, lambda point: bench.decode(shape.middle, point[1], point[0]), shape.rounds)
     for (context, distinct), taken in found.items():
@@ -319,20 +361,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="append JSON lines to this; default: standard output")
     arguments = parser.parse_args()
     device, on_cpu = torch.device(arguments.device), arguments.device == "cpu"
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(TINY if on_cpu else LLAMA_8B, device, getattr(torch, arguments.dtype))
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     name = platform.machine() if on_cpu else torch.cuda.get_device_name()
+    results = []
     for case in cases(bench):
         setup = {key: case.pop(key) for key in list(case) if key in SETUP}
         setup |= {"dtype": arguments.dtype, "layers": bench.shape.layers, "hidden": bench.shape.hidden}
         setup |= {"capture_failures": bench.runner.capture_failures}
         line = {"setup": setup, "versions": versions, "device": name, "metrics": {} if on_cpu else case}
+        results.append(line)
         text = json.dumps(line)
         if arguments.out is None:
             print(text, flush=True)
         else:
             with arguments.out.open("a") as out:
                 out.write(text + "\n")
+    print(f"{name}\n{table(engine_gates(results))}", file=sys.stderr)
 
 
 SETUP = ("case", "batch", "adapters", "rank", "context", "tokens")
