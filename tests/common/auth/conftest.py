@@ -79,7 +79,7 @@ class Client:
     def generate(self, message: inference_pb2.GenerateRequest) -> Answer:
         events = self.call(inference_pb2_grpc.InferenceServiceStub, "Generate", message)
         ids = [token for event in events if event.HasField("chunk") for token in event.chunk.token_ids]
-        return Answer(events[0].started, ids, "", events[-1].finished)
+        return Answer(events[0].started, ids, [], "", events[-1].finished)
 
     def refusal(self, name: str, /, **fields: Any) -> MultiloraError:
         with pytest.raises(MultiloraError) as raised:
@@ -202,9 +202,12 @@ class KeptLog(logging.Handler):
         self._level = root.level
         root.setLevel(logging.DEBUG)
         root.addHandler(self)
+        # It names servers that are just being freed, which pytest's records then keep: that crashes.
+        logging.getLogger("grpc._cython").setLevel(logging.INFO)
 
     def __exit__(self, *_: object) -> None:
         root = logging.getLogger()
+        logging.getLogger("grpc._cython").setLevel(logging.NOTSET)
         root.removeHandler(self)
         root.setLevel(self._level)
 
