@@ -27,12 +27,15 @@ fi
 
 base_image() {
   containers image inspect "$BASE" >/dev/null 2>&1 && return
-  containers pull "$BASE" >/dev/null 2>&1 && rm -f "$WORK/no-registry" && return
+  containers pull "$BASE" >/dev/null 2>&1 && return
   echo "no registry answers: making the base image of Debian's packages"
   mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,g++ bookworm "$WORK/base.tar"
-  containers import "$WORK/base.tar" "$BASE" >/dev/null
+  containers import --change "LABEL multilora.made=here" "$WORK/base.tar" "$BASE" >/dev/null
   rm "$WORK/base.tar"
-  touch "$WORK/no-registry"
+}
+
+base_is_made_here() { # by an earlier run too, of whichever checkout
+  containers image inspect "$BASE" | grep -q '"multilora.made": "here"'
 }
 
 gather_wheels() { # extras
@@ -45,7 +48,7 @@ gather_wheels() { # extras
 
 build_image() { # tag, extras its wheels come from, flags of `build`
   local tag=$1 extras=$2 from_here=()
-  if [ -e "$WORK/no-registry" ]; then
+  if base_is_made_here; then
     gather_wheels "$extras"
     from_here=(--volume "$PWD/$WORK/wheels:/wheels:ro" --build-arg PIP_FIND_LINKS=/wheels --build-arg PIP_NO_INDEX=1)
   fi
