@@ -28,7 +28,10 @@ from services.inference.engine.request import AdapterVersion
 from services.inference.name_watch import Message, News
 from services.inference.resolver import Meaning
 
-_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_reconnect_backoff_ms", 2_000),  # gRPC's own waits for a store that is away grow to two minutes
+]
 RESOLVE_TIMEOUT = 5.0
 """Seconds a resolve may take before the store counts as away."""
 SLOWEST_PULL = 1e6
