@@ -467,10 +467,10 @@ class Decoder final : public Engine {
   // As multiply, in the same order, and memory is asked for one range after another of what adapters will need.
   void multiply_asking(const Group& group, const Group& after, int panel, int panels, int rows, const Input* x,
                        int x_stride, const Weight* weight, float* y, int y_stride) const {
-    constexpr int INPUTS = 128;  // fine enough to share out what is asked for
-    const int blocks = (group.depth + INPUTS - 1) / INPUTS;
-    for (int block = 0; block < blocks; ++block, x += INPUTS, weight = past(weight, INPUTS)) {
-      const int here = std::min(INPUTS, group.depth - block * INPUTS);
+    constexpr int most = 128;  // inputs: fine enough to share out what is asked for
+    const int blocks = (group.depth + most - 1) / most;
+    for (int block = 0; block < blocks; ++block, x += most, weight = past(weight, most)) {
+      const int here = std::min(most, group.depth - block * most);
       const Ask ask = adapters_of(group, after, panel * blocks + block, panels * blocks);
       if (ask.bytes == 0) multiply<WEIGHTS_AHEAD>(rows, x, x_stride, walk(weight), here, y, y_stride, block > 0);
       else multiply<WEIGHTS_AHEAD>(rows, x, x_stride, walk(weight), here, y, y_stride, block > 0, ask);
@@ -497,21 +497,20 @@ class Decoder final : public Engine {
   // As multiply, in the same order: sums wait in y from one block of inputs to the next.
   static void multiply_blocks(float* widened, int rows, const Input* x, int x_stride, const Weight* weight, int depth,
                               float* y, int y_stride) {
-    const bool widen = !std::is_same_v<Weight, float> && !ROUNDS && rows > PRODUCTS_UNWIDENED * ROWS;
+    constexpr bool widens = !ROUNDS && !std::is_same_v<Weight, float>;
     constexpr int most = INPUTS<Weight>;
     for (int start = 0; start < depth; start += most, x += most) {
       const int here = std::min(most, depth - start);
       const Weight* block = weight;
       weight = past(weight, here);
       const Ask next{weight, (weight - block) * sizeof(Weight)};
-      if (!widen) {
-        multiply(rows, x, x_stride, walk(block), here, y, y_stride, start > 0, next);
-        continue;
-      }
-      if constexpr (!ROUNDS) {
-        widen_panel(block, here, widened);
-        multiply(rows, x, x_stride, walk<float>(widened), here, y, y_stride, start > 0, next);
-      }
+      if constexpr (widens)
+        if (rows > PRODUCTS_UNWIDENED * ROWS) {
+          widen_panel(block, here, widened);
+          multiply(rows, x, x_stride, walk<float>(widened), here, y, y_stride, start > 0, next);
+          continue;
+        }
+      multiply(rows, x, x_stride, walk(block), here, y, y_stride, start > 0, next);
     }
   }
 
