@@ -110,16 +110,10 @@ class MemoryPlan:
         rows = [
             PlanRow("weights", self.weights, self._weights_in + self._part),
             PlanRow("slot pool", self.slot_pool, f"{room.max_loras} adapters × {pages} pages of {PAGE_ROWS} ranks"),
-            PlanRow("staging", self.staging, f"{STAGING_BUFFERS} layers of an adapter in float32"),
             PlanRow(
                 "activations",
                 self.activations,
                 f"{room.max_num_batched_tokens} tokens, {room.max_num_seqs} sampled: {found}",
-            ),
-            PlanRow(
-                "CUDA graphs",
-                self.graphs,
-                f"{2 * len(decode_buckets(room.max_num_seqs))} of decode, to {room.max_num_seqs} requests: {found}",
             ),
             PlanRow(
                 "KV cache",
@@ -129,8 +123,10 @@ class MemoryPlan:
             ),
         ]
         if self.device is None:
-            together = PlanRow("together", self._needs + self.kv_cache, "no device to fill")
-            return [*(row for row in rows if row.what not in ("staging", "CUDA graphs")), together]
+            return [*rows, PlanRow("together", self._needs + self.kv_cache, "no device to fill")]
+        graphs = f"{2 * len(decode_buckets(room.max_num_seqs))} of decode, to {room.max_num_seqs} requests: {found}"
+        rows.insert(2, PlanRow("staging", self.staging, f"{STAGING_BUFFERS} layers of an adapter in float32"))
+        rows.insert(4, PlanRow("CUDA graphs", self.graphs, graphs))
         device = self.device
         how = f"{device.utilization:.0%} of {mib(device.total_bytes)}"
         if device.budget == device.free_bytes:
@@ -167,10 +163,10 @@ class MemoryPlan:
     def _too_small(self, lacking: int) -> FailedPrecondition:
         assert self.device is not None
         device, room = self.device, self.room
-        steps = {"activations": self.activations, "CUDA graphs": self.graphs}
-        activations = "".join(f", {what} {mib(size)}" for what, size in steps.items() if size)
+        of_steps = {"activations": self.activations, "CUDA graphs": self.graphs}
+        steps = "".join(f", {what} {mib(size)}" for what, size in of_steps.items() if size)
         taken = (
-            f"weights {mib(self.weights)}, slot pool {mib(self.slot_pool)}{activations} and the KV cache of one "
+            f"weights {mib(self.weights)}, slot pool {mib(self.slot_pool)}{steps} and the KV cache of one "
             f"request of {room.max_model_len} tokens {mib(self.least_kv_cache)}"
         )
         return FailedPrecondition(
