@@ -23,7 +23,7 @@ def fill(pool: Tensor, page: int, rows: Sequence[Tensor | None], number: int) ->
 def _fill_page(page: Tensor, rows: Tensor, number: int) -> None:
     here = max(0, min(PAGE_ROWS, rows.shape[-2] - number * PAGE_ROWS))
     if here:
-        page[..., :here, :].copy_(rows.narrow(-2, number * PAGE_ROWS, here), non_blocking=True)
+        page[..., :here, :].copy_(rows.narrow(-2, number * PAGE_ROWS, here))
     if here < PAGE_ROWS:
         page[..., here:, :].zero_()
 

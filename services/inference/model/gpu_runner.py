@@ -27,7 +27,7 @@ from services.inference.model.decoder import Decoder, ForwardBatch
 from services.inference.model.device_ints import DeviceInts
 from services.inference.model.device_sampler import Choices, DeviceSampler
 from services.inference.model.lora import LoraLayer
-from services.inference.model.runner import ActiveSlots
+from services.inference.model.runner import ActiveSlots, per_request
 from services.inference.model.sampler import Sampler
 from services.inference.parallel.collectives import ALONE, Collectives
 
@@ -101,7 +101,7 @@ class GpuStep:
     runs_ahead: bool
 
     def read(self) -> list[SampledToken | None]:
-        return _per_request(self.samples, self.choices.read())
+        return per_request(self.samples, self.choices.read())
 
 
 class GpuRunner:
@@ -147,7 +147,7 @@ class GpuRunner:
         choices = self._sampler.choose(computed.logits, computed.greedy, requests)
         self._said = {request: row for row, request in enumerate(requests)}, choices.tokens
         if any(map(self._sampler.leaves_to_host, requests)):
-            return StepDone(_per_request(samples, self._sampler.read(computed.logits, choices)))
+            return StepDone(per_request(samples, self._sampler.read(computed.logits, choices)))
         return GpuStep(samples, choices, runs_ahead=self._ranks.shard.size == 1)
 
     def _share(self, scheduled: ScheduledRequest) -> Share:
@@ -268,11 +268,6 @@ class GpuRunner:
                 else:
                     self._graphs[rows, bool(active.slots)] = graph
         log.info("%d CUDA graphs captured, %d failed", len(self._graphs), self.capture_failures)
-
-
-def _per_request(samples: Sequence[bool], tokens: Sequence[SampledToken]) -> list[SampledToken | None]:
-    sampled = iter(tokens)
-    return [next(sampled) if each else None for each in samples]
 
 
 def _slots(step: Sequence[Share]) -> set[int]:

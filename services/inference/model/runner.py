@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_kernels import BASE_ROW, ActiveSet, LoraBatch
 from services.inference.adapters.slot_pool import SlotPool
-from services.inference.engine.interfaces import ScheduledRequest, StepDone
+from services.inference.engine.interfaces import SampledToken, ScheduledRequest, StepDone
 from services.inference.model.attention import AttentionBatch, KVCache, PrefillSequence
 from services.inference.model.decoder import Decoder, ForwardBatch
 from services.inference.model.lora import LoraLayer
@@ -59,8 +59,8 @@ class ModelRunner:
         """Compute one step. See `Runner`."""
         logits = self.forward(self._forward_batch(step), _row_slots(step))
         sampling = [scheduled.request for scheduled in step if scheduled.samples]
-        sampled = iter(self._sampler.sample(logits, sampling) if sampling else [])
-        return StepDone([next(sampled) if scheduled.samples else None for scheduled in step])
+        sampled = self._sampler.sample(logits, sampling) if sampling else []
+        return StepDone(per_request([scheduled.samples for scheduled in step], sampled))
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, row_slots: Tensor) -> Tensor:
@@ -129,3 +129,9 @@ def _row_slots(step: Sequence[ScheduledRequest]) -> Tensor:
     """[rows] int32: the slot of every row, `BASE_ROW` where there is none."""
     slots = torch.tensor([BASE_ROW if s.slot is None else s.slot for s in step], dtype=torch.int32)
     return slots.repeat_interleave(torch.tensor([scheduled.num_tokens for scheduled in step]))
+
+
+def per_request(samples: Sequence[bool], tokens: Sequence[SampledToken]) -> list[SampledToken | None]:
+    """The tokens of a step by its requests, None for each that does not sample in it."""
+    sampled = iter(tokens)
+    return [next(sampled) if each else None for each in samples]
