@@ -13,7 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from multilora.adapter_store.v1 import admin_pb2, admin_pb2_grpc, store_pb2, store_pb2_grpc
 from services.bench import clients, servers
-from services.bench.results import Figure, Result, latencies, quantile, spread
+from services.bench.quantile import quantile
+from services.bench.results import Figure, Result, latencies, spread
 from services.bench.seeding import TENANT, adapter_name
 from services.bench.servers import Service
 

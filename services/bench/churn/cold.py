@@ -13,7 +13,8 @@ from services.bench.load.driver import ask, keep_asking
 from services.bench.load.plan import Backend, Planned, endless
 from services.bench.load.popularity import Mix, Popularity
 from services.bench.load.targets import Target, connect
-from services.bench.results import Result, quantile, spread
+from services.bench.quantile import quantile
+from services.bench.results import Result, spread
 
 RESIDENT, COLD = 8, 12
 BLOCKS = 3

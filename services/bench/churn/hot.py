@@ -11,7 +11,8 @@ from services.bench.load.plan import Backend, plan
 from services.bench.load.popularity import Mix, Popularity
 from services.bench.load.summary import summarise, values_of
 from services.bench.load.targets import connect
-from services.bench.results import Result, quantile, spread
+from services.bench.quantile import quantile
+from services.bench.results import Result, spread
 
 ADAPTERS, CONCURRENCY = 8, 16
 SHARE = 0.9

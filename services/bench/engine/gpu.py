@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 
 from kernels.bench.gates import engine_gates, table
+from services.bench.quantile import quantile
 from services.inference.adapters.packed_adapter import ModuleTensors
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.engine.interfaces import ScheduledRequest
@@ -264,13 +265,9 @@ def loading(bench: Bench) -> dict[str, Any]:
             found = bench.steps_beside(adapter if loads else None)
             if number:
                 steps += found
-    quiet, beside_loads = (_p99(steps) for steps in taken.values())
+    quiet, beside_loads = (quantile(steps, 0.99) for steps in taken.values())
     about = {"case": "loading", "batch": shape.middle, "adapters": 1, "rank": 16, "context": shape.context}
     return about | {"seconds_p99": beside_loads, "p99_of_quiet": beside_loads / quiet}
-
-
-def _p99(values: Sequence[float]) -> float:
-    return sorted(values)[round(0.99 * (len(values) - 1))]
 
 
 def blocks_for(tokens: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.bench.load.answer import Answer
-from services.bench.results import quantile
+from services.bench.quantile import quantile
 from services.common.errors import InvalidArgument
 
 _VALUES: dict[str, Callable[[Answer], list[float]]] = {
