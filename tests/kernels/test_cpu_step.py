@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def check(model: RandomModel, stories: list[Story], found: list[Tensor], level: str = RUNNABLE[0]) -> None:
-    rounds = level == "avx512bf16" and model.shape.dtype == torch.bfloat16
+    rounds = level in ("amx", "avx512bf16") and model.shape.dtype == torch.bfloat16
     for story, logits in zip(stories, found, strict=True):
         expected = model.reference(story.tokens, story.adapter, rounds=rounds)
         error = (logits.double() - expected).abs()

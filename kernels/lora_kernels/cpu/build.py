@@ -22,8 +22,11 @@ PREBUILT = Path(__file__).parent / "prebuilt"
 
 _AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
+_AVX512_BF16 = {*_AVX512, "avx512_bf16"}
+
 LEVELS: dict[str, tuple[tuple[str, ...], set[str]]] = {
-    "avx512bf16": (("-march=x86-64-v4", "-mavx512bf16"), {*_AVX512, "avx512_bf16"}),
+    "amx": (("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), {*_AVX512_BF16, "amx_tile", "amx_bf16"}),
+    "avx512bf16": (("-march=x86-64-v4", "-mavx512bf16"), _AVX512_BF16),
     "avx512": (("-march=x86-64-v4",), _AVX512),
     "avx2": (("-march=x86-64-v3",), {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
     "portable": ((), set()),
@@ -97,7 +100,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         ("multilora_close", (pointer,), None),
         ("multilora_pack", (pointer, long, long, pointer, integer), None),
         ("multilora_quantise", (pointer, long, long, pointer, integer), None),
-        ("multilora_quantised_bytes", (long, long), long),
+        ("multilora_packed_bytes", (long, long, integer, integer), long),
     ):
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result
@@ -110,9 +113,16 @@ def _cache_dir() -> Path:
 
 
 def _processor_flags() -> frozenset[str]:
-    """What Linux says the processor has; nothing where it says nothing."""
+    """What Linux says the processor has and lets this process use; nothing where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    flags = frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    return flags if "amx_tile" not in flags or _may_use_tiles() else flags - {"amx_tile"}
+
+
+def _may_use_tiles() -> bool:
+    """Ask for the registers of AMX, which Linux gives on request, to a whole process."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0

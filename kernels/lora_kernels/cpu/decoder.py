@@ -102,14 +102,10 @@ class Packer:
     def pack(self, weight: Tensor) -> Tensor:
         weight = weight.contiguous()
         out, width = weight.shape
-        if self._int8:
-            packed = torch.empty(self._library.multilora_quantised_bytes(out, width), dtype=torch.uint8)
-            to = packed.data_ptr()
-            self._library.multilora_quantise(weight.data_ptr(), out, width, to, _is_bf16(weight.dtype))
-            return packed
-        even = width + width % 2  # what some levels pack in pairs
-        packed = torch.empty((-(-out // COLUMNS), even, COLUMNS), dtype=weight.dtype)
-        self._library.multilora_pack(weight.data_ptr(), out, width, packed.data_ptr(), _is_bf16(weight.dtype))
+        bf16 = _is_bf16(weight.dtype)
+        packed = torch.empty(self._library.multilora_packed_bytes(out, width, bf16, self._int8), dtype=torch.uint8)
+        pack = self._library.multilora_quantise if self._int8 else self._library.multilora_pack
+        pack(weight.data_ptr(), out, width, packed.data_ptr(), bf16)
         return packed
 
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "vector.h"
@@ -22,8 +23,12 @@ constexpr int ROWS = 3;
 constexpr int ROWS = 1;
 #endif
 
+// Rows that AMX takes at once: two tiles of sixteen, by two of sixteen columns, in the four of eight tiles that hold sums.
+constexpr int TILE_ROWS = 16;
+constexpr int TILES_ROWS = 2 * TILE_ROWS;
+
 // How far ahead of itself a product asks memory for packed weights, in bytes.
-constexpr int WEIGHTS_AHEAD = 3072;
+constexpr int WEIGHTS_AHEAD = 4096;
 
 // Base weights, packed: panels of COLUMNS columns, [columns / 32, in, 32], so that a product reads memory in order.
 // bf16 columns c and c + 16 lie side by side: a shift widens sixteen of them, a mask the other sixteen.
@@ -35,6 +40,14 @@ struct PairedBFloat16 {
 struct PairedInputs {
   uint16_t bits;
 };
+
+// Inputs such an instruction takes: a pair, or a row of a tile. Weights and inputs have zeros up to a multiple of it.
+#if defined(__AMX_BF16__)
+constexpr int PAIRED_INPUTS = 32;
+#else
+constexpr int PAIRED_INPUTS = 2;
+#endif
+inline int whole_inputs(int inputs) { return (inputs + PAIRED_INPUTS - 1) / PAIRED_INPUTS * PAIRED_INPUTS; }
 
 // Inputs that share a scale in a column of eight-bit weights: 36 bytes where bf16 has 64, and GGUF's Q8_0 kept as it is.
 // Fewer scales cost tokens: 97 in 100 were float32's with 32 inputs a scale, 95 with 64, 93 with 128 (kernels/README.md).
@@ -71,7 +84,7 @@ inline Floats load_columns(const PairedBFloat16* from, int i) {
 
 // Ask memory for as many bytes, `ahead` bytes past w.
 inline void prefetch(const void* w, size_t bytes, int ahead) {
-  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(w) + ahead + line);
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(w) + ahead + line, 0, 2);
 }
 
 // Columns of w on a product's way down its inputs, which come in runs: run() starts one and says how long it is.
@@ -113,7 +126,7 @@ inline Int8Columns walk(const Int8Block* panel) { return {panel}; }
 // How many a panel of `inputs` holds of what it is made of, and so where a later input lies, a multiple of SCALED.
 template <class W>
 inline size_t panel_size(const W*, int inputs) {
-  return size_t(inputs + (std::is_same_v<W, PairedInputs> ? inputs % 2 : 0)) * COLUMNS;
+  return size_t(std::is_same_v<W, PairedInputs> ? whole_inputs(inputs) : inputs) * COLUMNS;
 }
 inline size_t panel_size(const Int8Block*, int inputs) { return size_t(inputs + SCALED - 1) / SCALED; }
 
@@ -157,10 +170,35 @@ struct Asking {
     __builtin_prefetch(next);
     next += step;
   }
+  void go_far(int inputs) {
+    prefetch(next, inputs * step, 0);
+    next += inputs * step;
+  }
+};
+// Asks one after another, ranges(0), ranges(1) …, each over ASKED inputs.
+constexpr int ASKED = 128;
+template <class Ranges>
+struct AskingInTurn {
+  Ranges ranges;
+  int range = 0, left = 0;
+  Asking now{};
+
+  void go() { of(1).go(); }
+  void go_far(int inputs) { of(inputs).go_far(inputs); }
+  Asking& of(int inputs) {
+    if (left == 0) {
+      const Ask ask = ranges(range++);
+      now = {static_cast<const char*>(ask.from), ask.bytes / ASKED};
+      left = ASKED;
+    }
+    left -= inputs;
+    return now;
+  }
 };
 // Nothing to ask for.
 struct Silence {
   void go() {}
+  void go_far(int) {}
 };
 
 // sums[r] += x[r, k] * w[k], k ascending
@@ -188,7 +226,7 @@ inline void add_products(Floats (&sums)[R][REGISTERS], const float* x, size_t x_
     }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 // The same of bf16, two inputs at a time: a sum takes the odd one's product, then the even one's. Where depth is odd, x
 // and w hold a zero past it.
 template <int R, int ahead, class A>
@@ -228,6 +266,93 @@ inline void multiply_rest(int rows, const X* x, size_t x_stride, C w, int depth,
   if constexpr (R > 1) multiply_rest<R - 1, ahead>(rows, x, x_stride, w, depth, y, y_stride, add, asking);
 }
 
+// The most rows of a product that are computed at once, by what it walks; and so many of them, or fewer.
+template <class C>
+constexpr int rows_at_once(const C&) {
+  return ROWS;
+}
+template <int ahead, class X, class C, class A>
+inline void multiply_some(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add,
+                          A& asking) {
+  multiply_rest<ROWS, ahead>(rows, x, x_stride, w, depth, y, y_stride, add, asking);
+}
+
+#if defined(__AMX_BF16__)
+constexpr int rows_at_once(const Strided<PairedInputs>&) { return TILES_ROWS; }
+
+// What the eight tiles are: sums of the first sixteen rows (0, 1) and of the others (2, 3), x of either (4, 5), w (6, 7).
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16];
+
+  explicit TileShapes(int of_x)
+      : rows{uint8_t(std::min(of_x, TILE_ROWS)), rows[0], uint8_t(std::max(of_x - TILE_ROWS, 1)), rows[2],
+             rows[0],  rows[2], TILE_ROWS, TILE_ROWS} {}
+};
+
+// The same on AMX: 32 inputs an instruction, whose sums it takes in an order of its own, the same for every row of a tile
+// and however many there are.
+template <bool both, int ahead, class A>
+inline void multiply_tiles(const BFloat16* x, size_t x_stride, Strided<PairedInputs> w, int depth, float* y,
+                           size_t y_stride, bool add, A& asking) {
+  const size_t x_bytes = x_stride * sizeof *x, y_bytes = y_stride * sizeof *y, w_bytes = 2 * COLUMNS * sizeof *w.at;
+  const BFloat16* x_below = x + TILE_ROWS * x_stride;
+  float* y_below = y + TILE_ROWS * y_stride;
+  if (add) {
+    _tile_loadd(0, y, y_bytes);
+    _tile_loadd(1, y + TILE_ROWS, y_bytes);
+    if constexpr (both) {
+      _tile_loadd(2, y_below, y_bytes);
+      _tile_loadd(3, y_below + TILE_ROWS, y_bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (both) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (int k = 0; k < depth; k += PAIRED_INPUTS) {
+    const PairedInputs* from = w.at;
+    w.at += PAIRED_INPUTS * COLUMNS;
+    if constexpr (ahead > 0) prefetch(from, PAIRED_INPUTS * COLUMNS * sizeof *from, ahead);
+    asking.go_far(PAIRED_INPUTS);
+    _tile_loadd(4, x + k, x_bytes);
+    _tile_loadd(6, from, w_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, from + COLUMNS, w_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (both) {
+      _tile_loadd(5, x_below + k, x_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, y, y_bytes);
+  _tile_stored(1, y + TILE_ROWS, y_bytes);
+  if constexpr (both) {
+    _tile_stored(2, y_below, y_bytes);
+    _tile_stored(3, y_below + TILE_ROWS, y_bytes);
+  }
+}
+
+// A thread's tiles are state that the kernel saves at every switch until they are let go.
+inline void release_tiles() { _tile_release(); }
+template <int ahead, class A>
+inline void multiply_some(int rows, const BFloat16* x, size_t x_stride, Strided<PairedInputs> w, int depth, float* y,
+                          size_t y_stride, bool add, A& asking) {
+  const TileShapes shapes(rows);
+  asm volatile("" ::: "memory");  // the intrinsics do not tell that they read
+  _tile_loadconfig(&shapes);
+  if (rows > TILE_ROWS) multiply_tiles<true, ahead>(x, x_stride, w, depth, y, y_stride, add, asking);
+  else multiply_tiles<false, ahead>(x, x_stride, w, depth, y, y_stride, add, asking);
+}
+#else
+inline void release_tiles() {}
+#endif
+
 // Semantics:
 //     y[i, c] = (add ? y[i, c] : 0) + sum over k, ascending:  x[i, k] * w[k, c]        for 32 columns c
 // Shape:
@@ -238,14 +363,15 @@ inline void multiply_rest(int rows, const X* x, size_t x_stride, C w, int depth,
 // Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
 template <int ahead = 0, class X, class C, class A = Silence>
 void multiply(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, A asking = {}) {
-  for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, y += ROWS * y_stride)
-    multiply_rest<ROWS, ahead>(rows < ROWS ? rows : ROWS, x, x_stride, w, depth, y, y_stride, add, asking);
+  constexpr int most = rows_at_once(C{});
+  for (; rows > 0; rows -= most, x += most * x_stride, y += most * y_stride)
+    multiply_some<ahead>(std::min(rows, most), x, x_stride, w, depth, y, y_stride, add, asking);
 }
 
 // The same, asking memory for something else meanwhile.
 template <int ahead = 0, class X, class C>
 void multiply(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, Ask ask) {
-  const int times = (rows + ROWS - 1) / ROWS;
+  const int times = (rows + rows_at_once(w) - 1) / rows_at_once(w);
   const Asking asking{static_cast<const char*>(ask.from), ask.bytes / (size_t(depth) * times)};
   multiply<ahead>(rows, x, x_stride, w, depth, y, y_stride, add, asking);
 }

@@ -211,7 +211,10 @@ class Decoder final : public Engine {
       const Group qkv{of + Q, 3, hidden}, o{of + O, 1, attended}, gate_up{of + GATE, 2, hidden}, down{of + DOWN, 1, inner};
       const Group next = &layer == &layers_.back() ? Group{} : Group{(&layer + 1)->linears + Q, 3, hidden};
       linears(batch, mine, qkv, o, h_, qkv_);
-      team_.each(rows, 1, [&](int row) { cache(batch, layer, row); });
+      team_.each(rows, 1, [&](int row) {
+        cache(batch, layer, row);
+        round_end(row, attended);
+      });
       attend(batch, layer, mine);
       linears(batch, mine, o, gate_up, attended_, y_);
       team_.each(rows, 1, [&](int row) {
@@ -222,6 +225,7 @@ class Decoder final : public Engine {
       team_.each(rows, 1, [&](int row) {
         activate(gate_up_[row]);
         round(row, gate_up_[row], 0, inner);
+        round_end(row, inner);
       });
       linears(batch, mine, down, next, gate_up_, y_);
     }
@@ -234,6 +238,7 @@ class Decoder final : public Engine {
     team_.each(sampled, 1, [&](int index) {
       choose(batch.logits + size_t(index) * vocab, batch.best[index], batch.finite[index]);
     });
+    release_tiles();
   }
 
   // ---- Rows
@@ -256,14 +261,14 @@ class Decoder final : public Engine {
     for (int k = 0; k < model_.hidden; ++k) x[k] += y[k];
   }
 
-  // Values [first, first + width) of a row that base weights will multiply, as a product takes them. An odd width is
-  // made even with a zero.
+  // Values [first, first + width) of a row that base weights will multiply, as a product takes them.
   void round(int row, const float* x, int first, int width) {
-    if constexpr (ROUNDS) {
-      Input* to = rounded_[row] + first;
-      for (int k = 0; k < width; ++k) narrow(x[k], to[k]);
-      if (width % 2) to[width] = Input{};
-    }
+    if constexpr (ROUNDS)
+      for (int k = 0; k < width; ++k) narrow(x[k], rounded_[row][first + k]);
+  }
+  // Zeros from the end of a row's values to where products take them.
+  void round_end(int row, int width) {
+    if constexpr (ROUNDS) std::fill(rounded_[row] + width, rounded_[row] + whole_inputs(width), Input{});
   }
 
   const RowsOf<Input>& inputs(const Rows& x) const {
@@ -284,6 +289,7 @@ class Decoder final : public Engine {
     const float scale = 1.0f / std::sqrt(sum(squares) / float(hidden) + model_.eps);
     for (int k = 0; k < hidden; ++k) h[k] = x[k] * scale * weight[k];
     round(to, h, 0, hidden);
+    round_end(to, hidden);
   }
 
   // Rotate q in place and k on its way into the cache, in the halves-apart layout.
@@ -458,23 +464,18 @@ class Decoder final : public Engine {
       const Linear& linear = group.linears[index];
       const Weight* weight = panel_of(linear, place - starts[index], depth);
       float* out = y + size_t(first) * y_stride + size_t(place) * COLUMNS;
-      if (here > ROWS) multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
+      if (here > rows_at_once(walk(weight))) multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
       else if (!after) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), walk(weight), depth, out, y_stride, false);
       else multiply_asking(group, *after, place, panels, here, x[first], x.stride(), weight, out, y_stride);
     });
   }
 
-  // As multiply, in the same order, and memory is asked for one range after another of what adapters will need.
+  // As multiply, and memory is asked for one range after another of what adapters will need.
   void multiply_asking(const Group& group, const Group& after, int panel, int panels, int rows, const Input* x,
                        int x_stride, const Weight* weight, float* y, int y_stride) const {
-    constexpr int most = 128;  // inputs: fine enough to share out what is asked for
-    const int blocks = (group.depth + most - 1) / most;
-    for (int block = 0; block < blocks; ++block, x += most, weight = past(weight, most)) {
-      const int here = std::min(most, group.depth - block * most);
-      const Ask ask = adapters_of(group, after, panel * blocks + block, panels * blocks);
-      if (ask.bytes == 0) multiply<WEIGHTS_AHEAD>(rows, x, x_stride, walk(weight), here, y, y_stride, block > 0);
-      else multiply<WEIGHTS_AHEAD>(rows, x, x_stride, walk(weight), here, y, y_stride, block > 0, ask);
-    }
+    const int blocks = (group.depth + ASKED - 1) / ASKED;
+    const auto ranges = [&](int block) { return adapters_of(group, after, panel * blocks + block, panels * blocks); };
+    multiply<WEIGHTS_AHEAD>(rows, x, x_stride, walk(weight), group.depth, y, y_stride, false, AskingInTurn{ranges});
   }
 
   // Part `part` of `parts` of the bytes of B of a group's adapters and A of the group's after it, page by page.
@@ -482,12 +483,13 @@ class Decoder final : public Engine {
     const int segments = int(segments_.size()), linears = group.count + after.count;
     const int pieces = std::max(1, parts / (segments * linears * pages_));  // of a page
     const int range = part / pieces, page = range / segments / linears, index = range / segments % linears;
-    if (page >= pages_) return {};
+    const Ask nothing{&group, 0};  // of an address that is mapped
+    if (page >= pages_) return nothing;
     const int slot = segments_[range % segments].slot;
     const bool own = index < group.count;
     const Linear& linear = own ? group.linears[index] : after.linears[index - group.count];
     const int ranks = std::min(PAGE_ROWS, linear.ranks[slot] - page * PAGE_ROWS);
-    if (ranks <= 0) return {};
+    if (ranks <= 0) return nothing;
     const int64_t width = own ? linear.out : after.depth;
     const size_t bytes = size_t(ranks * width) * sizeof(T) / pieces;
     const T* rows = rank_row(own ? linear.b : linear.a, width, linear, slot, page * PAGE_ROWS);
@@ -634,10 +636,14 @@ EXPORT void multilora_pack(const void* from, int64_t out, int64_t in, void* to, 
   else pack(static_cast<const float*>(from), out, in, static_cast<float*>(to));
 }
 
-// The bytes of a linear's weights in eight bits.
-EXPORT int64_t multilora_quantised_bytes(int64_t out, int64_t in) {
+// The bytes of a linear's packed weights.
+EXPORT int64_t multilora_packed_bytes(int64_t out, int64_t in, int bf16, int int8) {
   using namespace multilora;
-  return padded(out) / COLUMNS * ((in + SCALED - 1) / SCALED) * int64_t(sizeof(Int8Block));
+  const auto bytes = [&]<class W>(const W* panel) { return panel_size(panel, int(in)) * sizeof(W); };
+  const size_t panel = int8   ? bytes(static_cast<const Int8Block*>(nullptr))
+                       : bf16 ? bytes(static_cast<const Packed<BFloat16>::Weight*>(nullptr))
+                              : bytes(static_cast<const float*>(nullptr));
+  return padded(out) / COLUMNS * int64_t(panel);
 }
 
 EXPORT void multilora_quantise(const void* from, int64_t out, int64_t in, void* to, int bf16) {
