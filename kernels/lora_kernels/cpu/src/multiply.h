@@ -41,6 +41,12 @@ struct PairedInputs {
   uint16_t bits;
 };
 
+#if defined(__AVX512BF16__)
+constexpr bool MULTIPLIES_BF16 = true;
+#else
+constexpr bool MULTIPLIES_BF16 = false;
+#endif
+
 // Inputs such an instruction takes: a pair, or a row of a tile. Weights and inputs have zeros up to a multiple of it.
 #if defined(__AMX_BF16__)
 constexpr int PAIRED_INPUTS = 32;
@@ -338,14 +344,27 @@ inline void multiply_tiles(const BFloat16* x, size_t x_stride, Strided<PairedInp
   }
 }
 
+// Rows of x that a thread's tiles are shaped for; 0 before they are. To shape them takes as long as a small product.
+inline thread_local int tiles_shaped_for = 0;
+
+inline void shape_tiles(int rows) {
+  if (rows == tiles_shaped_for) return;
+  const TileShapes shapes(rows);
+  _tile_loadconfig(&shapes);
+  tiles_shaped_for = rows;
+}
+
 // A thread's tiles are state that the kernel saves at every switch until they are let go.
-inline void release_tiles() { _tile_release(); }
+inline void release_tiles() {
+  _tile_release();
+  tiles_shaped_for = 0;
+}
+
 template <int ahead, class A>
 inline void multiply_some(int rows, const BFloat16* x, size_t x_stride, Strided<PairedInputs> w, int depth, float* y,
                           size_t y_stride, bool add, A& asking) {
-  const TileShapes shapes(rows);
   asm volatile("" ::: "memory");  // the intrinsics do not tell that they read
-  _tile_loadconfig(&shapes);
+  shape_tiles(rows);
   if (rows > TILE_ROWS) multiply_tiles<true, ahead>(x, x_stride, w, depth, y, y_stride, add, asking);
   else multiply_tiles<false, ahead>(x, x_stride, w, depth, y, y_stride, add, asking);
 }

@@ -47,7 +47,7 @@ constexpr int PRODUCTS_UNWIDENED = 6;
 
 // Rows that go through all panels before the next rows do: 96 of 576 to 1,536 inputs stay in a second-level cache, where
 // 512 do not; a multiple of every ROWS.
-constexpr int PROJECT_ROWS = 96;
+constexpr int PROJECT_ROWS = 512;
 
 // Rows and ranks whose dot products are computed together: as many sums as hide the latency of one.
 #if defined(__AVX512F__)
@@ -163,6 +163,7 @@ class Decoder final : public Engine {
     explicit Scratch(const Model& model) : attention(model) {}
     Attention<T> attention;
     Buffer state, part;
+    BufferOf<T> narrowed;
     alignas(64) float widened[INPUTS<float> * COLUMNS];
     alignas(64) T tail[PAGE_ROWS * COLUMNS];
   };
@@ -212,7 +213,7 @@ class Decoder final : public Engine {
       const Group next = &layer == &layers_.back() ? Group{} : Group{(&layer + 1)->linears + Q, 3, hidden};
       linears(batch, mine, qkv, o, h_, qkv_);
       team_.each(rows, 1, [&](int row) {
-        cache(batch, layer, row);
+        cache(mine, batch, layer, row);
         round_end(row, attended);
       });
       attend(batch, layer, mine);
@@ -263,8 +264,7 @@ class Decoder final : public Engine {
 
   // Values [first, first + width) of a row that base weights will multiply, as a product takes them.
   void round(int row, const float* x, int first, int width) {
-    if constexpr (ROUNDS)
-      for (int k = 0; k < width; ++k) narrow(x[k], rounded_[row][first + k]);
+    if constexpr (ROUNDS) narrow(x, width, rounded_[row] + first);
   }
   // Zeros from the end of a row's values to where products take them.
   void round_end(int row, int width) {
@@ -293,7 +293,7 @@ class Decoder final : public Engine {
   }
 
   // Rotate q in place and k on its way into the cache, in the halves-apart layout.
-  void cache(const Batch& batch, const Layer& layer, int row) {
+  void cache(Scratch& mine, const Batch& batch, const Layer& layer, int row) {
     float* qkv = qkv_[row];
     const int dim = int(model_.head_dim), half = dim / 2, position = batch.positions[row];
     const int size = int(model_.block_size), offset = position % size;
@@ -312,12 +312,12 @@ class Decoder final : public Engine {
       float* k = qkv + q_width_ + head * dim;
       const float* v = qkv + q_width_ + kv_width_ + head * dim;
       rotate(k);
-      T* keys = static_cast<T*>(layer.keys) + (block * model_.kv_heads + head) * dim * size + offset;
-      T* values = static_cast<T*>(layer.values) + ((block * model_.kv_heads + head) * size + offset) * dim;
-      for (int d = 0; d < dim; ++d) {
-        narrow(k[d], keys[d * size]);
-        narrow(v[d], values[d]);
-      }
+      T* keys = static_cast<T*>(layer.keys) + (block * model_.kv_heads + head) * dim * size;
+      T* values = static_cast<T*>(layer.values) + (block * model_.kv_heads + head) * dim * size;
+      T* narrowed = mine.narrowed.at_least(2 * dim);
+      narrow(k, dim, narrowed);
+      narrow(v, dim, narrowed + dim);
+      put(narrowed, narrowed + dim, dim, offset, size, keys, values);
     }
   }
 
@@ -372,7 +372,10 @@ class Decoder final : public Engine {
           mine.attention.part(tile, item / parts_ % kv_heads, item % parts_, layer, batch, qkv_,
                               partial_.data() + size_t(item) * tile_state());
       });
-    team_.each(items, 1, [&](int item) {
+    const auto ask = [&](int item) {
+      if (parts_ == 1) mine.attention.ask_first(tiles_[item / kv_heads], item % kv_heads, layer, batch);
+    };
+    team_.each_asked(items, ask, [&](int item) {
       const RowTile& tile = tiles_[item / kv_heads];
       const int kv_head = item % kv_heads, group = int(model_.heads / model_.kv_heads), queries = tile.rows * group;
       const int size = mine.attention.state_size();

@@ -48,6 +48,17 @@ class Team {
     barrier();
   }
 
+  // The same an item at a time, each taken while its thread is at the one before: ask(item) asks memory for it.
+  template <class Ask, class Work>
+  void each_asked(int items, Ask&& ask, Work&& work) {
+    const auto take = [&] { return next_.fetch_add(1, std::memory_order_relaxed); };
+    for (int item = take(), next; item < items; item = next) {
+      if ((next = take()) < items) ask(next);
+      work(item);
+    }
+    barrier();
+  }
+
  private:
   // A phase lasts microseconds, so a waiter spins for about as long; then its core may be wanted by the others of this
   // machine, the very thread it waits for among them, so it yields; between steps it sleeps.

@@ -89,6 +89,26 @@ inline void narrow(float value, BFloat16& to) {
   to.bits = uint16_t(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// A register of them.
+inline void store(BFloat16* to, Floats values) {
+#if defined(__AVX512BF16__)  // a value too small for an exponent becomes 0, as in the products of these
+  const HalfWords halves = bits_of<HalfWords>(_mm512_cvtneps_pbh(values));
+#else
+  const Words bits = bits_of<Words>(values);
+  const Words rounded = values == values ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+  const HalfWords halves = __builtin_convertvector(rounded >> 16, HalfWords);
+#endif
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+// `count` values, rounded to what is stored.
+template <class T>
+inline void narrow(const float* from, int count, T* to) {
+  int i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  for (; i < count; ++i) narrow(from[i], to[i]);
+}
+
 // The first `count` values of a register's; the others are 0 and are not read.
 template <class T>
 inline Floats load_some(const T* from, int count) {
