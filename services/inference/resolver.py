@@ -51,11 +51,12 @@ def _hiding_keys(version: AdapterVersion) -> tuple[tuple[str, int | None], ...]:
     return (version.name, None), (version.name, version.version)
 
 
-Lookup = Callable[[str], Awaitable[Meaning]]
+Lookup = Callable[[str, bool], Awaitable[Meaning]]
+"""Asks the store for a reference; and whether its last meaning is known, should the store be away."""
 
 
 class Resolver:
-    """Resolves references. `lookup(reference)` asks the store; None when there is no store.
+    """Resolves references. `lookup(reference, known)` asks the store; None when there is no store.
 
     seen_at: when the watch last said anything, by `clock`
     """
@@ -129,7 +130,7 @@ class Resolver:
         assert self._lookup is not None
         asked_at, changes = self._clock(), self._changes
         try:
-            meaning = await self._lookup(full)
+            meaning = await self._lookup(full, full in self._known)
         except NotFound:
             self._known.pop(full, None)
             raise

@@ -156,7 +156,7 @@ class Store:
         self.asked = 0
         self.meanwhile: Callable[[], None] = lambda: None
 
-    async def lookup(self, reference: str) -> Meaning:
+    async def lookup(self, reference: str, _known: bool) -> Meaning:
         self.asked += 1
         if self.away:
             raise Unavailable("STORE_UNAVAILABLE", "away")

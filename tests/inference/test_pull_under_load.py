@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ import pytest
 from multilora.common.v1 import common_pb2
 from multilora.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.common.errors import DataLoss, DeadlineExceeded, NotFound, Unavailable
+from services.inference.adapters import store_client
 from services.inference.engine.messages import ResidentAdapter
 from tests.assets.random_adapter import make_random_adapter
 from tests.clients import Answer, collect, failure, generate, request
@@ -259,8 +261,26 @@ def test_the_store_away_and_back(tiny_model: Path, tmp_path: Path) -> None:
             except Unavailable:  # for as long as it was told to stay away
                 return False
 
-        eventually(lambda: is_back("four"))
+        assert len(generate(server.address, asked("four")).token_ids) == 8
         eventually(lambda: is_back("three"))
+
+
+def test_a_store_that_starts_after_its_replica(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that is asked for first is resolved, though the channel sleeps: here for an hour, lest it wake in time."""
+    an_hour = [(f"grpc.{which}_reconnect_backoff_ms", 3_600_000) for which in ("initial", "max")]
+    monkeypatch.setattr(store_client, "_OPTIONS", an_hour)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with serving(tiny_model, f"127.0.0.1:{port}", tmp_path / "replica") as server:
+        away = failure(server.address, asked("one"))
+        assert away.reason == "STORE_UNAVAILABLE"
+        assert "refused" in away.message
+        with run_store(tmp_path / "store", "--port", str(port)) as store:
+            register_all(store, tiny_model, tmp_path)
+            for name in ADAPTERS:
+                assert generate(server.address, asked(name)).started.tier == STORE
 
 
 def test_a_request_id_can_be_used_again_at_once(server: InferenceServer) -> None:

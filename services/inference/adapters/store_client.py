@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Iterator
 
 import grpc
@@ -28,10 +29,14 @@ from services.inference.engine.request import AdapterVersion
 from services.inference.name_watch import Message, News
 from services.inference.resolver import Meaning
 
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_reconnect_backoff_ms", 2_000),  # gRPC's own waits for a store that is away grow to two minutes
-]
+# A channel that could not connect sleeps before it tries again, and refuses calls meanwhile, though the store may be
+# back. Left to gRPC the sleeps grow to two minutes.
+_SIZE = ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)
+_OPTIONS = [_SIZE, ("grpc.max_reconnect_backoff_ms", 2_000)]
+# Equal channels of a process share a connection, and its sleep, unless told not to.
+_CONNECT_NOW = [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+# Shorter than a pull's attempts take together (failures.py): none fails for its channel's sleep alone.
+_PULL_OPTIONS = [_SIZE, ("grpc.max_reconnect_backoff_ms", 100)]
 RESOLVE_TIMEOUT = 5.0
 """Seconds a resolve may take before the store counts as away."""
 SLOWEST_PULL = 1e6
@@ -51,15 +56,22 @@ class NameClient:
         self._admin_channel = credentials.aio_channel(admin_address, _OPTIONS)
         self._stub = store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
-    async def resolve(self, reference: str) -> Meaning:
-        """What a reference means. Raises what the store raised, or Unavailable."""
+    async def resolve(self, reference: str, known: bool) -> Meaning:
+        """What a reference means. Raises what the store raised, or Unavailable.
+
+        known: what it meant will do when the store is away; for a new name a sleeping channel is not taken at its word
+        """
         request = store_pb2.ResolveAdapterRequest(reference=reference, base_model=self._base_model)
-        try:
-            response = await self._stub.ResolveAdapter(
-                request, timeout=RESOLVE_TIMEOUT, metadata=self._credentials.metadata()
-            )
-        except grpc.aio.AioRpcError as error:
-            raise _of_reference(_store_error(error, self._address)) from None
+        metadata = self._credentials.metadata()
+        async with contextlib.AsyncExitStack() as opened:
+            stub = self._stub
+            if not known and self._channel.get_state() == grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                own = await opened.enter_async_context(self._credentials.aio_channel(self._address, _CONNECT_NOW))
+                stub = store_pb2_grpc.AdapterStoreServiceStub(own)
+            try:
+                response = await stub.ResolveAdapter(request, timeout=RESOLVE_TIMEOUT, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                raise _of_reference(_store_error(error, self._address)) from None
         versions = {
             Target(int(target.identity.version), target.weight): _version(target.identity)
             for target in response.targets
@@ -119,7 +131,7 @@ class PullClient:
     def __init__(self, address: str, credentials: Credentials) -> None:
         self._address = address
         self._credentials = credentials
-        self._channel = credentials.channel(address, _OPTIONS)
+        self._channel = credentials.channel(address, _PULL_OPTIONS)
         self._stub = store_pb2_grpc.AdapterStoreServiceStub(self._channel)
 
     def pull(self, adapter: AdapterVersion, offset: int = 0) -> Iterator[bytes]:
