@@ -46,8 +46,9 @@ constexpr int INPUTS = std::is_same_v<Weight, PairedInputs> ? 768 : 128;
 constexpr int PRODUCTS_UNWIDENED = 6;
 
 // Rows that go through all panels before the next rows do: 96 of 576 to 1,536 inputs stay in a second-level cache, where
-// 512 do not; a multiple of every ROWS.
-constexpr int PROJECT_ROWS = 512;
+// 512 do not; a multiple of every ROWS. Tiles are done so soon that to read the weights again costs more.
+template <class Weight>
+constexpr int PROJECT_ROWS = std::is_same_v<Weight, PairedInputs> && PAIRED_INPUTS > 2 ? 512 : 96;
 
 // Rows and ranks whose dot products are computed together: as many sums as hide the latency of one.
 #if defined(__AVX512F__)
@@ -453,14 +454,15 @@ class Decoder final : public Engine {
 
   // y = x W, a panel of 32 columns by PROJECT_ROWS rows an item; `after`: where adapters are at work, the next group.
   void project(Scratch& mine, const Group& group, const Group* after, int rows, const Rows& of, float* y, int y_stride) {
+    constexpr int most = PROJECT_ROWS<Weight>;
     const int depth = group.depth;
     const RowsOf<Input>& x = inputs(of);
     int starts[4] = {};
     for (int index = 0; index < group.count; ++index)
       starts[index + 1] = starts[index] + padded(group.linears[index].out) / COLUMNS;
     const int panels = starts[group.count], grain = std::max(1, panels / (16 * team_.size()));
-    team_.each(panels * ((rows + PROJECT_ROWS - 1) / PROJECT_ROWS), grain, [&](int item) {
-      const int first = item / panels * PROJECT_ROWS, here = std::min(PROJECT_ROWS, rows - first);
+    team_.each(panels * ((rows + most - 1) / most), grain, [&](int item) {
+      const int first = item / panels * most, here = std::min(most, rows - first);
       const int place = item % panels;
       int index = 0;
       while (place >= starts[index + 1]) ++index;
