@@ -1,0 +1,61 @@
+// How memory is asked for what comes next, while something else is computed.
+
+#pragma once
+
+#include <cstddef>
+
+namespace multilora {
+
+// Ask memory for as many bytes, `ahead` bytes past w.
+inline void prefetch(const void* w, size_t bytes, int ahead) {
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(w) + ahead + line, 0, 2);
+}
+
+// Memory to ask for while a product runs, evenly over its inputs: memory is then kept busy for as long as the arithmetic
+// lasts. A line may be asked for again and again, which costs an instruction and no wait.
+struct Ask {
+  const void* from;
+  size_t bytes;
+};
+
+// An Ask on its way: so many bytes further at each input.
+struct Asking {
+  const char* next;
+  size_t step;
+
+  void go() {
+    __builtin_prefetch(next);
+    next += step;
+  }
+  void go_far(int inputs) {
+    prefetch(next, inputs * step, 0);
+    next += inputs * step;
+  }
+};
+// Asks one after another, ranges(0), ranges(1) …, each over ASKED inputs.
+constexpr int ASKED = 128;
+template <class Ranges>
+struct AskingInTurn {
+  Ranges ranges;
+  int range = 0, left = 0;
+  Asking now{};
+
+  void go() { of(1).go(); }
+  void go_far(int inputs) { of(inputs).go_far(inputs); }
+  Asking& of(int inputs) {
+    if (left == 0) {
+      const Ask ask = ranges(range++);
+      now = {static_cast<const char*>(ask.from), ask.bytes / ASKED};
+      left = ASKED;
+    }
+    left -= inputs;
+    return now;
+  }
+};
+// Nothing to ask for.
+struct Silence {
+  void go() {}
+  void go_far(int) {}
+};
+
+}  // namespace multilora
