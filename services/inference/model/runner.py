@@ -22,20 +22,31 @@ Indices = NDArray[np.int64]
 
 
 class ActiveSlots:
-    """The slots of a step; the set is rebuilt only when they, or what lies in them, changed since the last one."""
+    """The slots of a step; the set is rebuilt only when they, or what lies in them, changed since the last one.
 
-    def __init__(self, pool: SlotPool) -> None:
+    spares: keeps slots in it that take part no more, up to as many as do, as where rebuilding copies weights
+    """
+
+    def __init__(self, pool: SlotPool, *, spares: bool = False) -> None:
         self._pool = pool
-        self._active = ActiveSet.build((), pool.tables)
-        self._contents: tuple[tuple[int, int], ...] = ()
+        self._spares = spares
+        self._none = self._active = ActiveSet.build((), pool.tables)
+        self._contents: dict[int, int] = {}
 
     def of(self, slots: Collection[int]) -> ActiveSet:
         """slots: each once"""
-        contents = tuple((slot, self._pool.generation(slot)) for slot in sorted(slots))
-        if contents != self._contents:
-            self._active = ActiveSet.build(sorted(slots), self._pool.tables)
+        if not slots:
+            return self._none
+        contents = {slot: self._pool.generation(slot) for slot in sorted(slots)}
+        if contents != self._contents and not (self._spares and self._holds(contents)):
+            self._active = ActiveSet.build(list(contents), self._pool.tables)
             self._contents = contents
         return self._active
+
+    def _holds(self, contents: dict[int, int]) -> bool:
+        """Whether the set as it is has these slots, and not too many others."""
+        unchanged = all(self._pool.generation(slot) == held for slot, held in self._contents.items())
+        return unchanged and contents.items() <= self._contents.items() and len(self._contents) <= 2 * len(contents)
 
 
 class ModelRunner:
@@ -52,7 +63,7 @@ class ModelRunner:
         self._cache = cache
         self._pool = pool
         self._sampler = sampler
-        self._active = ActiveSlots(pool)
+        self._active = ActiveSlots(pool, spares=True)
 
     @torch.inference_mode()
     def launch(self, step: Sequence[ScheduledRequest]) -> StepDone:
