@@ -1,4 +1,4 @@
-"""When the torch path gathers adapters anew, which copies all their weights: as seldom as may be, and never too late."""
+"""When the torch path gathers adapters anew, which copies all their weights: seldom, and never too late."""
 
 from __future__ import annotations
 
