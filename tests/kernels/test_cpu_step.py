@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_kernels import BASE_ROW
 from lora_kernels.cpu import CpuCache, InvalidStepError, load_library
-from lora_kernels.cpu.build import LEVELS, level_of_this_machine
+from lora_kernels.cpu.build import _AVX512, LEVELS, _of_use, level_of_this_machine
 from tests.kernels.cpu_model import Machine, RandomModel, Story, alone, in_float32, random_sequences, small_shape
 
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
@@ -252,3 +252,19 @@ def test_arrays_are_refused_before_the_call(change: dict[str, Any]) -> None:
 def test_blocks_hold_whole_groups_of_positions() -> None:
     with pytest.raises(ValueError, match="multiples of 16"):
         CpuCache(torch.zeros(1, 2, 1, 16, 8), torch.zeros(1, 2, 1, 8, 16))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "more", "lent", "best"),
+    [
+        ("AuthenticAMD", "avx512_bf16", False, "avx512bf16"),
+        ("GenuineIntel", "avx512_bf16", False, "avx512"),
+        ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", False, "avx512"),
+        ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", True, "amx"),
+        ("GenuineIntel", "", True, "avx512"),
+    ],
+)
+def test_the_level_of_a_processor(vendor: str, more: str, lent: bool, best: str) -> None:
+    cpuinfo = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {' '.join(sorted(_AVX512))} {more}\nbugs\t\t:\n\n"
+    found = _of_use(2 * cpuinfo, lambda: lent)
+    assert next(level for level, (_, needed) in LEVELS.items() if needed <= found) == best

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "src"
@@ -113,13 +113,21 @@ def _cache_dir() -> Path:
 
 
 def _processor_flags() -> frozenset[str]:
-    """What Linux says the processor has and lets this process use; nothing where it says nothing."""
+    """What Linux says the processor has, as far as it is of use here; nothing where it says nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return _of_use(Path("/proc/cpuinfo").read_text(), _may_use_tiles)
     except OSError:
         return frozenset()
-    flags = frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
-    return flags if "amx_tile" not in flags or _may_use_tiles() else flags - {"amx_tile"}
+
+
+def _of_use(cpuinfo: str, may_use_tiles: Callable[[], bool]) -> frozenset[str]:
+    said = dict(line.replace("\t", "").split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
+    flags = frozenset(said.get("flags", "").split())
+    if "amx_tile" in flags and not may_use_tiles():
+        flags -= {"amx_tile"}
+    if said.get("vendor_id", "").strip() == "GenuineIntel" and "amx_tile" not in flags:
+        flags -= {"avx512_bf16"}  # slower there than float32: see kernels/README.md
+    return flags
 
 
 def _may_use_tiles() -> bool:
