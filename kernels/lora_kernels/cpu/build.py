@@ -133,4 +133,4 @@ def _of_use(cpuinfo: str, may_use_tiles: Callable[[], bool]) -> frozenset[str]:
 def _may_use_tiles() -> bool:
     """Ask for the registers of AMX, which Linux gives on request, to a whole process."""
     arch_prctl, request, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0)
