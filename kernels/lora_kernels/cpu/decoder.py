@@ -54,7 +54,7 @@ class PackedLayer:
 
 @dataclass(frozen=True, slots=True)
 class CpuCache:
-    """Keys and values of every layer, in blocks.
+    """Keys and values of every layer, in blocks; as pairs of them within a block, on some levels: see attention.h.
 
     keys: [layers, blocks, kv_heads, head_dim, block_size]: positions side by side, so scores are sums down a column
     values: [layers, blocks, kv_heads, block_size, head_dim]

@@ -56,7 +56,7 @@ class RowsOf {
 using Buffer = BufferOf<float>;
 using Rows = RowsOf<float>;
 
-// The structs below are read from Python: native.py repeats them field by field.
+// The structs below are read from Python: structs.py repeats them field by field.
 extern "C" {
 
 // One linear of one layer: its base weights, packed, and every adapter's A and B in the slot pool.

@@ -20,9 +20,6 @@ constexpr int ROWS = 3;
 constexpr int ROWS = 1;
 #endif
 
-// How far ahead of itself a product asks memory for packed weights, in bytes.
-constexpr int WEIGHTS_AHEAD = 4096;
-
 // sums[r] += x[r, k] * w[k], k ascending
 template <int R, int ahead, class C, class A>
 inline void add_products(Floats (&sums)[R][REGISTERS], const float* x, size_t x_stride, C w, int depth, A& asking) {
@@ -101,6 +98,7 @@ inline void multiply_some(int rows, const X* x, size_t x_stride, C w, int depth,
 
 // Semantics:
 //     y[i, c] = (add ? y[i, c] : 0) + sum over k, ascending:  x[i, k] * w[k, c]        for 32 columns c
+//     (of paired inputs by their instruction's pairs, on AMX by its 32)
 // Shape:
 //     x: [rows, depth], rows x_stride apart      float32; bf16 where w is of paired inputs
 //     w: [depth, 32], as it is walked            float32, bf16, packed bf16, or eight bits
