@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_kernels import BASE_ROW
 from lora_kernels.cpu import CpuCache, InvalidStepError, load_library
-from lora_kernels.cpu.build import _AVX512, LEVELS, _of_use, level_of_this_machine
+from lora_kernels.cpu.build import _AVX512, LEVELS, _best_level, _of_use, level_of_this_machine
 from tests.kernels.cpu_model import Machine, RandomModel, Story, alone, in_float32, random_sequences, small_shape
 
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
@@ -266,5 +266,4 @@ def test_blocks_hold_whole_groups_of_positions() -> None:
 )
 def test_the_level_of_a_processor(vendor: str, more: str, lent: bool, best: str) -> None:
     cpuinfo = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {' '.join(sorted(_AVX512))} {more}\nbugs\t\t:\n\n"
-    found = _of_use(2 * cpuinfo, lambda: lent)
-    assert next(level for level, (_, needed) in LEVELS.items() if needed <= found) == best
+    assert _best_level(_of_use(2 * cpuinfo, lambda: lent)) == best

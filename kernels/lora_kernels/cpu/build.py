@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "src"
@@ -43,8 +43,7 @@ class UnavailableError(Exception):
 
 def level_of_this_machine() -> str:
     """The best of `LEVELS` that this processor runs."""
-    found = _processor_flags()
-    return next(level for level, (_, needed) in LEVELS.items() if needed <= found)
+    return _best_level(_processor_flags())
 
 
 def library_name(level: str) -> str:
@@ -128,6 +127,10 @@ def _of_use(cpuinfo: str, may_use_tiles: Callable[[], bool]) -> frozenset[str]:
     if said.get("vendor_id", "").strip() == "GenuineIntel" and "amx_tile" not in flags:
         flags -= {"avx512_bf16"}  # slower there than float32: see kernels/README.md
     return flags
+
+
+def _best_level(flags: Collection[str]) -> str:
+    return next(level for level, (_, needed) in LEVELS.items() if needed.issubset(flags))
 
 
 def _may_use_tiles() -> bool:

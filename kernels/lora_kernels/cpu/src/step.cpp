@@ -469,7 +469,8 @@ class Decoder final : public Engine {
       const Linear& linear = group.linears[index];
       const Weight* weight = panel_of(linear, place - starts[index], depth);
       float* out = y + size_t(first) * y_stride + size_t(place) * COLUMNS;
-      if (here > rows_at_once(walk(weight))) multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
+      if (here > rows_at_once(walk(weight)))
+        multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
       else if (!after) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), walk(weight), depth, out, y_stride, false);
       else multiply_asking(group, *after, place, panels, here, x[first], x.stride(), weight, out, y_stride);
     });
