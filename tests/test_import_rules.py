@@ -113,7 +113,7 @@ def test_only_the_manager_calls_the_owners_of_adapters() -> None:
         "services/inference/parallel/messages.py",
         "services/inference/parallel/worker.py",
         "services/inference/parallel/workers.py",
-        "services/bench/engine/eight_bits.py",
+        "services/bench/engine/fewer_bits.py",
         "services/bench/engine/gpu.py",
         "services/bench/engine/steps.py",
     }

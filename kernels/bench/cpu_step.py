@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lora_kernels import PAGE_ROWS, LoraWeights, PageTable
-from lora_kernels.cpu import CpuCache, CpuDecoder, DecoderShape, PackedLayer, Packer, StepBatch
+from lora_kernels.cpu import BlockWeights, CpuCache, CpuDecoder, DecoderShape, PackedLayer, Packer, StepBatch
 from lora_kernels.cpu.build import compile_library, level_of_this_machine
 
 SMOLLM2 = {"vocab": 49152, "hidden": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64}
@@ -73,15 +73,25 @@ def random_tensor(shape: Sequence[int], dtype: torch.dtype, std: float) -> torch
     return seed.repeat(-(-count // len(seed)))[:count].view(*shape).to(dtype)
 
 
-def build(dtype: torch.dtype, threads: int) -> tuple[CpuDecoder, dict[str, float]]:
+def random_weights(out: int, width: int, dtype: torch.dtype, bits: int) -> torch.Tensor | BlockWeights:
+    """Base weights, with 8 or 4 bits in a file's blocks."""
+    if bits > 8:
+        return random_tensor((out, width), dtype, 0.02)
+    most = 2 ** (bits - 1)
+    values = random_tensor((out, width), torch.float32, most / 3).clamp(-most, most - 1).to(torch.int8)
+    scales = torch.full((out, width // 32), 2.0**-6 / most)
+    return BlockWeights(values, scales) if bits == 8 else BlockWeights(values + 8, scales, -8 * scales)
+
+
+def build(dtype: torch.dtype, threads: int, bits: int = 16) -> tuple[CpuDecoder, dict[str, float]]:
     shape = DecoderShape(**SMOLLM2, norm_eps=1e-5, dtype=dtype)
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = [(q, shape.hidden), (kv, shape.hidden), (kv, shape.hidden), (shape.hidden, q)]
     sizes += [(shape.inner, shape.hidden)] * 2 + [(shape.hidden, shape.inner)]
     groups = {"qkv": sizes[:3], "o": sizes[3:4], "gate_up": sizes[4:6], "down": sizes[6:]}
-    raw = [[random_tensor(size, dtype, 0.02) for size in sizes] for _ in range(LAYERS)]
-    raw_head = random_tensor((shape.vocab, shape.hidden), dtype, 0.02)
-    packer, started = Packer(), time.perf_counter()
+    raw = [[random_weights(*size, dtype, bits) for size in sizes] for _ in range(LAYERS)]
+    raw_head = random_weights(shape.vocab, shape.hidden, dtype, max(bits, 8))
+    packer, started = Packer(dtype), time.perf_counter()
     layers = [
         PackedLayer(torch.ones(shape.hidden), torch.ones(shape.hidden), tuple(packer.pack(w) for w in weights))
         for weights in raw
@@ -125,7 +135,7 @@ def build(dtype: torch.dtype, threads: int) -> tuple[CpuDecoder, dict[str, float
         tables=tables,
         threads=threads,
     )
-    weights = sum(w.nbytes for layer in raw for w in layer) + raw_head.nbytes
+    weights = sum(w.data.nbytes for layer in layers for w in layer.linears) + head.data.nbytes
     adapter = sum(RANK * (i + o) for of in groups.values() for o, i in of) * LAYERS * dtype.itemsize
     return decoder, {"weight_bytes": weights, "adapter_bytes": adapter, "packing_s": packing}
 

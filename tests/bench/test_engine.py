@@ -36,7 +36,7 @@ def test_eight_bits_are_measured_on_the_compiled_path(tiny_model: Path) -> None:
     found = run(tiny_model, TINY, backend="compiled", dtype="bfloat16", threads=1)
     decode, quality = (json.loads(result.to_json()) for result in found[-2:])
     assert decode["setup"]["benchmark"] == "engine_int8_decode"
-    assert set(decode["metrics"]["over_dtype"]) == {"1"}
+    assert set(decode["metrics"]["over_dtype"]) == {"1x0", "1x1"}
     assert set(quality["metrics"]) == {"bfloat16", "int8", "targets"}
     assert quality["metrics"]["int8"]["greedy_agreement"] > 0.5
 

@@ -181,10 +181,10 @@ def test_weights_in_eight_bits_are_the_packers(tmp_path: Path, tied: bool) -> No
     path = make_tiny_llama(tmp_path / "model", tie_word_embeddings=tied)
     model = load_config(path, dtype="bfloat16", max_model_len=256)
     plan = plan_memory(model.hf_config, replace(ROOM, quantization="int8", max_model_len=256), kv_cache_bytes=1 << 20)
-    weights, packer = load_weights(path, model), Packer(int8=True)
+    weights, packer = load_weights(path, model), Packer(model.dtype, int8=True)
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     packed = [name for name in weights if name.endswith("_proj.weight") or name == head]
-    held = _bytes(packer.pack(weights.pop(name)) for name in packed) + _bytes(weights.values())
+    held = _bytes(packer.pack(weights.pop(name)).data for name in packed) + _bytes(weights.values())
     assert plan.weights == held + _bytes(RotaryEmbedding(model, CPU).at(torch.arange(256)))
     assert plan.rows()[0].how == "int8, the others bfloat16"
 

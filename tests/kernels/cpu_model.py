@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from lora_kernels import BASE_ROW, PAGE_ROWS, LoraWeights, PageTable
-from lora_kernels.cpu import CpuCache, CpuDecoder, DecoderShape, PackedLayer, Packer, StepBatch, StepResult
+from lora_kernels.cpu import (
+    BlockWeights,
+    CpuCache,
+    CpuDecoder,
+    DecoderShape,
+    PackedLayer,
+    Packer,
+    StepBatch,
+    StepResult,
+)
 from lora_kernels.reference import LoraSlice, apply_lora_reference
 
 POSITIONS = 1200
@@ -26,6 +35,7 @@ GROUPS = {"qkv": (0, 1, 2), "o": (3,), "gate_up": (4, 5), "down": (6,)}
 class RandomModel:
     """Weights [out, in] and adapters as they are before anything is packed or paged.
 
+    bits: of base weights, fewer than the dtype's in blocks: eight as the packer makes them, or four as a file has them
     ranks: ranks[adapter][linear], 0 for a linear it leaves alone
     adapters: adapters[layer][adapter][linear]
     """
@@ -33,6 +43,7 @@ class RandomModel:
     shape: DecoderShape
     layers: int = 2
     tied: bool = True
+    bits: int = 32
     ranks: Sequence[Sequence[int]] = ((8,) * 7, (17, 0, 3, 33, 0, 16, 1), (0, 0, 0, 0, 5, 0, 0))
     seed: int = 0
     linears: list[list[Tensor]] = field(default_factory=list)
@@ -128,16 +139,17 @@ class Machine:
         )
         self._free = list(range(1, blocks))
         shuffled.shuffle(self._free)
-        packer = Packer(library, int8=shape.int8)
+        packer = Packer(shape.dtype, library, int8=model.bits == 8)
+        pack = (lambda weight: packer.pack(four_bits(weight))) if model.bits == 4 else packer.pack
         cosines, sines = rotary(shape.head_dim)
         self.decoder = CpuDecoder(
             shape,
             [
-                PackedLayer(model.norms[2 * i], model.norms[2 * i + 1], tuple(packer.pack(w) for w in linears))
+                PackedLayer(model.norms[2 * i], model.norms[2 * i + 1], tuple(map(pack, linears)))
                 for i, linears in enumerate(model.linears)
             ],
             norm=model.norms[-1],
-            head=packer.pack(model.embeddings[-1]),
+            head=pack(model.embeddings[-1]),
             embedding=None if model.tied else model.embeddings[0],
             cosines=cosines,
             sines=sines,
@@ -223,17 +235,18 @@ class Machine:
         return weights
 
 
-def in_float32(model: RandomModel) -> RandomModel:
-    """The same model with the weights that its eight bits say, its adapters untouched."""
-    shape = dataclasses.replace(model.shape, int8=False)
-    made = dataclasses.replace(model, shape=shape, linears=[], norms=[], adapters=[], embeddings=[])
-    made.linears[:] = [[dequantised(weight) for weight in layer] for layer in model.linears]
-    made.embeddings[-1] = dequantised(model.embeddings[-1])
+def dequantised(model: RandomModel, dtype: torch.dtype) -> RandomModel:
+    """The same model with the weights that its blocks say, as a dtype holds them."""
+    made = dataclasses.replace(model, bits=32, linears=[], norms=[], adapters=[], embeddings=[])
+    made.linears[:] = [[_said(weight, model.bits).to(dtype) for weight in layer] for layer in model.linears]
+    made.embeddings[-1] = _said(model.embeddings[-1], model.bits).to(dtype)
     return made
 
 
-def dequantised(weight: Tensor) -> Tensor:
-    """What eight bits keep of a weight [out, in], in float32: of 32 inputs the largest is 127 steps."""
+def _said(weight: Tensor, bits: int) -> Tensor:
+    """What blocks keep of a weight [out, in], in float32; in eight bits the largest of 32 inputs is 127 steps."""
+    if bits == 4:
+        return four_bits(weight).dequantize()
     out, width = weight.shape
     groups = torch.nn.functional.pad(weight.float(), (0, -width % 32)).view(out, -1, 32)
     scales = groups.abs().amax(-1, keepdim=True) / 127
@@ -241,10 +254,19 @@ def dequantised(weight: Tensor) -> Tensor:
     return (steps * scales).view(out, -1)[:, :width].contiguous()
 
 
-def small_shape(dtype: torch.dtype = torch.float32, *, int8: bool = False, **sizes: int) -> DecoderShape:
+def four_bits(weight: Tensor) -> BlockWeights:
+    """A weight as a file of GGUF's Q4_1 holds it: sixteen steps from the least of 32 inputs to the largest."""
+    groups = weight.float().view(len(weight), -1, 32)
+    least, most = groups.amin(-1).half().float(), groups.amax(-1)
+    scales = ((most - least) / 15).half().float()
+    steps = torch.where(scales[..., None] > 0, (groups - least[..., None]) / scales[..., None], 0).round().clamp(0, 15)
+    return BlockWeights(steps.to(torch.int8).view(weight.shape), scales, least)
+
+
+def small_shape(dtype: torch.dtype = torch.float32, **sizes: int) -> DecoderShape:
     """Odd sizes wherever they may be: nothing is a multiple of a panel or a register."""
     usual = {"vocab": 101, "hidden": 72, "inner": 88, "heads": 6, "kv_heads": 2, "head_dim": 16}
-    return DecoderShape(**(usual | sizes), norm_eps=1e-5, dtype=dtype, int8=int8)
+    return DecoderShape(**(usual | sizes), norm_eps=1e-5, dtype=dtype)
 
 
 def linear_sizes(shape: DecoderShape) -> list[tuple[int, int]]:

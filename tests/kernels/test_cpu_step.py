@@ -14,15 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_kernels import BASE_ROW
-from lora_kernels.cpu import CpuCache, InvalidStepError, load_library
+from lora_kernels.cpu import BlockWeights, CpuCache, InvalidStepError, Packer, load_library
 from lora_kernels.cpu.build import _AVX512, LEVELS, _best_level, _of_use, level_of_this_machine
-from tests.kernels.cpu_model import Machine, RandomModel, Story, alone, in_float32, random_sequences, small_shape
+from lora_kernels.cpu.packing import Storage
+from tests.kernels.cpu_model import Machine, RandomModel, Story, alone, dequantised, random_sequences, small_shape
 
 TOLERANCES = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
 """Of logits of order five after two layers; in bf16 a value on the edge between two may round either way."""
 
 ROUNDED = 0.2
 """The same where inputs of base weights are rounded too: far more values, any of which may be on an edge."""
+
+ROUNDING = ("amx", "avx512bf16")
+"""Levels whose products take bf16 where the dtype is that."""
 
 RUNNABLE = list(LEVELS)[list(LEVELS).index(level_of_this_machine()) :]
 SHAPES: dict[str, dict[str, int]] = {
@@ -34,7 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def check(model: RandomModel, stories: list[Story], found: list[Tensor], level: str = RUNNABLE[0]) -> None:
-    rounds = level in ("amx", "avx512bf16") and model.shape.dtype == torch.bfloat16
+    rounds = level in ROUNDING and model.shape.dtype == torch.bfloat16
     for story, logits in zip(stories, found, strict=True):
         expected = model.reference(story.tokens, story.adapter, rounds=rounds)
         error = (logits.double() - expected).abs()
@@ -79,16 +83,21 @@ def test_a_context_of_several_parts() -> None:
     check(model, stories, Machine(model, threads=2).run(stories, [[(0, 600)], [(0, 499)], [(0, 1)]]))
 
 
+IN_BLOCKS = {"hidden": 96, "inner": 160}
+"""Sizes that a file's blocks of 32 inputs fit; there is a panel more than half empty in every linear."""
+
+
 @functools.cache
-def machine(threads: int, seed: int, dtype: torch.dtype, int8: bool = False) -> Machine:
+def machine(threads: int, seed: int, dtype: torch.dtype, bits: int = 32) -> Machine:
     """The seed shuffles slots, pages and blocks; the model is the same."""
-    return Machine(RandomModel(small_shape(dtype, int8=int8)), threads=threads, seed=seed)
+    shape = small_shape(dtype, **(IN_BLOCKS if bits == 4 else {}))
+    return Machine(RandomModel(shape, bits=bits), threads=threads, seed=seed)
 
 
 @functools.cache
-def solo_logits(length: int, index: int, dtype: torch.dtype, int8: bool = False) -> Tensor:
+def solo_logits(length: int, index: int, dtype: torch.dtype, bits: int = 32) -> Tensor:
     """A token a step, nobody beside it: what every other way must equal bit by bit."""
-    return alone(machine(1, 0, dtype, int8), story(length, index))
+    return alone(machine(1, 0, dtype, bits), story(length, index))
 
 
 def story(length: int, index: int) -> Story:
@@ -116,64 +125,105 @@ def schedules(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[list[tuple[i
     return stories, steps
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["as-stored", "int8"])
+@pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @settings(max_examples=15, deadline=None)
 @given(schedule=schedules(), threads=st.integers(1, 3), seed=st.integers(0, 3))
-def test_bits_do_not_depend_on_the_batch(
-    dtype: torch.dtype, int8: bool, schedule: Any, threads: int, seed: int
-) -> None:
+def test_bits_do_not_depend_on_the_batch(dtype: torch.dtype, bits: int, schedule: Any, threads: int, seed: int) -> None:
     """Any company, any chunks, any slots, pages and blocks, any number of threads."""
     named, steps = schedule
-    found = machine(threads, seed, dtype, int8).run([story(*name) for name in named], steps)
+    found = machine(threads, seed, dtype, bits).run([story(*name) for name in named], steps)
     for name, logits in zip(named, found, strict=True):
-        assert torch.equal(logits, solo_logits(*name, dtype, int8)), f"a story of {name} differs"
+        assert torch.equal(logits, solo_logits(*name, dtype, bits)), f"a story of {name} differs"
 
 
-# ---- base weights in eight bits
+# ---- base weights in blocks
 
 
-@pytest.mark.parametrize("level", RUNNABLE)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("level", "dtype", "bits"),
+    [(level, torch.float32, bits) for level in RUNNABLE for bits in (8, 4)]
+    + [(level, torch.bfloat16, bits) for level in RUNNABLE for bits in (8, 4) if bits == 4 or level in ROUNDING],
+)
 @settings(max_examples=8, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 90), min_size=1, max_size=3),
-    hidden=st.sampled_from([32, 40, 72, 160]),
-    inner=st.sampled_from([33, 64, 130]),
+    hidden=st.sampled_from([32, 96, 160]),
+    inner=st.sampled_from([32, 64, 128]),
+    odd=st.booleans(),
     scale=st.sampled_from([1.0, 1e-3, 3.0]),
+    tied=st.booleans(),
 )
-def test_eight_bits_are_the_weights_they_stand_for(
-    level: str, tied: bool, counts: list[int], hidden: int, inner: int, scale: float
+def test_blocks_are_the_weights_they_stand_for(
+    level: str,
+    dtype: torch.dtype,
+    bits: int,
+    counts: list[int],
+    hidden: int,
+    inner: int,
+    odd: bool,
+    scale: float,
+    tied: bool,
 ) -> None:
-    """Bit for bit what float32 makes of the values that the eight bits and their scales say."""
-    model = RandomModel(small_shape(int8=True, hidden=hidden, inner=inner), layers=1, tied=tied)
+    """Bit for bit what comes of the weights themselves, whoever has an adapter and however many rows there are.
+
+    Weights of the dtype, that is; where bf16 is multiplied in float32, so are eight bits, and the next test compares.
+    """
+    more = 7 if odd and bits == 8 else 0  # a file's blocks are whole
+    shape = small_shape(dtype, hidden=hidden + more, inner=inner + more)
+    model = RandomModel(shape, layers=1, tied=tied, bits=bits)
     for weight in model.linears[0]:
         weight[:, ::3] *= scale
         weight[1] = 0
+        weight[2] *= 2.0**-20
     stories = random_sequences(7, counts, adapters=3)
     steps = [[(index, count) for index, count in enumerate(counts)]]
     library = load_library(level)
-    ours, exact = (Machine(each, library=library).run(stories, steps) for each in (model, in_float32(model)))
-    for eight, full in zip(ours, exact, strict=True):
-        assert torch.equal(eight, full)
+    ours, exact = (Machine(each, library=library).run(stories, steps) for each in (model, dequantised(model, dtype)))
+    for in_blocks, plain in zip(ours, exact, strict=True):
+        assert torch.equal(in_blocks, plain)
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_eight_bits_beside_adapters_and_a_cache_of_either_dtype(level: str, dtype: torch.dtype) -> None:
-    """Their inputs stay float32 where the processor multiplies bf16, too."""
-    model = RandomModel(small_shape(dtype, int8=True))
+def test_eight_bits_beside_bf16(level: str) -> None:
+    """On any level, with adapters and a cache of bf16."""
+    model = RandomModel(small_shape(torch.bfloat16), bits=8)
     stories = random_sequences(1, [40, 23, 70, 9], adapters=3)
     steps = [[(0, 39), (1, 5)], [(0, 1), (1, 18), (2, 65)], [(2, 1), (3, 9)], *[[(2, 1)]] * 4]
     found = Machine(model, threads=2, library=load_library(level)).run(stories, steps)
-    for story, logits in zip(stories, found, strict=True):
-        expected = in_float32(model).reference(story.tokens, story.adapter)
-        assert float((logits.double() - expected).abs().max()) < TOLERANCES[dtype]
+    check(dequantised(model, torch.bfloat16 if level in ROUNDING else torch.float32), stories, found, level)
+
+
+def test_a_files_eight_bits_are_kept() -> None:
+    """Or packed as the weights they stand for, where nothing is gained."""
+    values = torch.randint(-128, 128, (40, 96), dtype=torch.int8)
+    blocks = BlockWeights(values, torch.rand(40, 3) / 100)
+    for dtype in TOLERANCES:
+        packer = Packer(dtype)
+        found, plain = packer.pack(blocks), packer.pack(blocks.dequantize().to(dtype))
+        if load_library().multilora_keeps_blocks(dtype == torch.bfloat16):
+            assert found.storage == Storage.EIGHT_BITS
+            assert found.data.nbytes == 2 * 3 * 36 * 32
+        else:
+            assert torch.equal(found.data, plain.data)
+    with pytest.raises(ValueError, match="another dtype"):
+        Packer(torch.float32).pack(blocks.dequantize().bfloat16())
+
+
+def test_blocks_fit_their_weights() -> None:
+    values, scales = torch.zeros((5, 64), dtype=torch.int8), torch.zeros((5, 2))
+    assert BlockWeights(values, scales).dequantize().shape == (5, 64)
+    with pytest.raises(ValueError, match="a scale for every 32"):
+        BlockWeights(values, scales, torch.zeros((5, 1)))
+    with pytest.raises(ValueError, match="a scale for every 32"):
+        BlockWeights(values[:, :40].contiguous(), torch.zeros((5, 1)))
+    with pytest.raises(ValueError, match="int8 and float32"):
+        BlockWeights(values, scales.half())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_eight_bits_do_not_hide_what_is_not_finite(value: float) -> None:
-    model = RandomModel(small_shape(int8=True))
+    model = RandomModel(small_shape(), bits=8)
     model.linears[0][6][3, 5] = value
     assert not Machine(model).result(story(17, 0)).finite.any()
 

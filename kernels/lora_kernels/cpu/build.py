@@ -94,12 +94,14 @@ def load_library(level: str = "") -> ctypes.CDLL:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, arguments, result in (
-        ("multilora_open", (pointer, integer, integer, integer), pointer),
+        ("multilora_open", (pointer, integer, integer), pointer),
         ("multilora_step", (pointer, pointer), integer),
         ("multilora_close", (pointer,), None),
         ("multilora_pack", (pointer, long, long, pointer, integer), None),
         ("multilora_quantise", (pointer, long, long, pointer, integer), None),
-        ("multilora_packed_bytes", (long, long, integer, integer), long),
+        ("multilora_keep", (pointer, pointer, pointer, long, long, pointer, integer), None),
+        ("multilora_keeps_blocks", (integer,), integer),
+        ("multilora_packed_bytes", (long, long, integer, long), long),
     ):
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result

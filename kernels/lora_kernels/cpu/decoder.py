@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_kernels.cpu import structs
 from lora_kernels.cpu.batch import StepBatch, StepLimits
 from lora_kernels.cpu.build import load_library
+from lora_kernels.cpu.packing import PackedWeights, is_bf16
 from lora_kernels.layout import LoraWeights, PageTable
 
 COLUMNS = 32
@@ -28,8 +29,7 @@ LANES = 16
 class DecoderShape:
     """A Llama-family decoder.
 
-    dtype: of weights, adapters and cache, float32 or bfloat16
-    int8: whether what is packed of the base weights is in eight bits, whatever the dtype
+    dtype: of adapters and cache, and what base weights stand for, float32 or bfloat16
     """
 
     vocab: int
@@ -40,7 +40,6 @@ class DecoderShape:
     head_dim: int
     norm_eps: float
     dtype: torch.dtype
-    int8: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class PackedLayer:
 
     input_norm: Tensor
     post_attention_norm: Tensor
-    linears: tuple[Tensor, ...]
+    linears: tuple[PackedWeights, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,26 +88,6 @@ class StepResult:
     finite: NDArray[np.bool_]
 
 
-class Packer:
-    """Lays base weights [out, in] out as panels: [ceil(out / 32), in, 32], columns past `out` zero. See multiply.h.
-
-    int8: in eight bits instead, with a float32 scale for every 32 inputs of a row, the largest of them ÷ 127
-    """
-
-    def __init__(self, library: ctypes.CDLL | None = None, *, int8: bool = False) -> None:
-        self._library = library or load_library()
-        self._int8 = int8
-
-    def pack(self, weight: Tensor) -> Tensor:
-        weight = weight.contiguous()
-        out, width = weight.shape
-        bf16 = _is_bf16(weight.dtype)
-        packed = torch.empty(self._library.multilora_packed_bytes(out, width, bf16, self._int8), dtype=torch.uint8)
-        pack = self._library.multilora_quantise if self._int8 else self._library.multilora_pack
-        pack(weight.data_ptr(), out, width, packed.data_ptr(), bf16)
-        return packed
-
-
 class CpuDecoder:
     """Weights, cache and pool, and the forward pass over them. `step` is for one thread at a time."""
 
@@ -118,7 +97,7 @@ class CpuDecoder:
         layers: Sequence[PackedLayer],
         *,
         norm: Tensor,
-        head: Tensor,
+        head: PackedWeights,
         embedding: Tensor | None,
         cosines: Tensor,
         sines: Tensor,
@@ -144,13 +123,19 @@ class CpuDecoder:
         )
         self._vocab = shape.vocab
         self._logits = np.empty((0, -(-shape.vocab // COLUMNS) * COLUMNS), np.float32)
-        self._read_in_place = (layers, norm, head, embedding, cosines, sines, cache, lora, tables)
+        self._layers, self._head = layers, head
+        self._read_in_place = (norm, embedding, cosines, sines, cache, lora, tables)
         model = structs.model(shape, layers, norm, head, embedding, cosines, sines, cache, lora, tables)
-        handle = self._library.multilora_open(ctypes.byref(model), threads, _is_bf16(shape.dtype), shape.int8)
+        handle = self._library.multilora_open(ctypes.byref(model), threads, is_bf16(shape.dtype))
         if not handle:
             raise MemoryError("the compiled backend found no memory or threads to start with")
         self._handle = handle
         self._close = weakref.finalize(self, self._library.multilora_close, handle)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the packed linears and the head, which every step reads."""
+        return self._head.data.nbytes + sum(w.data.nbytes for layer in self._layers for w in layer.linears)
 
     def step(self, batch: StepBatch) -> StepResult:
         """Compute every row, write its keys and values, and return what was asked for.
@@ -179,9 +164,3 @@ class CpuDecoder:
         if self._library.multilora_step(self._handle, ctypes.byref(call)):
             raise MemoryError(f"no memory for a step of {len(batch.tokens)} rows")
         return StepResult(torch.from_numpy(self._logits[:sampled, : self._vocab]), best, finite)
-
-
-def _is_bf16(dtype: torch.dtype) -> bool:
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{dtype} is not served by the compiled backend; float32 and bfloat16 are")
-    return dtype == torch.bfloat16

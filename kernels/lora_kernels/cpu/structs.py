@@ -12,6 +12,7 @@ from lora_kernels.layout import LoraWeights, PageTable
 
 if TYPE_CHECKING:
     from lora_kernels.cpu.decoder import CpuCache, DecoderShape, PackedLayer
+    from lora_kernels.cpu.packing import PackedWeights
 
 _LINEARS = (("qkv", 0), ("qkv", 1), ("qkv", 2), ("o", 0), ("gate_up", 0), ("gate_up", 1), ("down", 0))
 """Group and slice of Q, K, V, O, GATE, UP, DOWN."""
@@ -20,7 +21,7 @@ _LINEARS = (("qkv", 0), ("qkv", 1), ("qkv", 2), ("o", 0), ("gate_up", 0), ("gate
 class Linear(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "a", "b", "ranks", "scales", "pages")),
-        ("out", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("out", "storage")),
     )
 
 
@@ -54,7 +55,7 @@ def model(
     shape: DecoderShape,
     layers: Sequence[PackedLayer],
     norm: Tensor,
-    head: Tensor,
+    head: PackedWeights,
     embedding: Tensor | None,
     cosines: Tensor,
     sines: Tensor,
@@ -94,20 +95,21 @@ def model(
         sines=_address(sines),
         embedding=None if embedding is None else _address(embedding),
         norm=_address(norm),
-        head=Linear(weight=_address(head), out=shape.vocab),
+        head=Linear(weight=_address(head.data), out=shape.vocab, storage=head.storage),
         decoder=decoder,
     )
 
 
-def _linear(weight: Tensor, out: int, lora: LoraWeights, table: PageTable, index: int) -> Linear:
+def _linear(weight: PackedWeights, out: int, lora: LoraWeights, table: PageTable, index: int) -> Linear:
     return Linear(
-        weight=_address(weight),
+        weight=_address(weight.data),
         a=_address(lora.a[index]),
         b=_address(lora.b[index]),
         ranks=_address(lora.ranks[index]),
         scales=_address(lora.scales[index]),
         pages=_address(table.table[index]),
         out=out,
+        storage=weight.storage,
     )
 
 

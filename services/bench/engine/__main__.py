@@ -1,9 +1,10 @@
 """The engine without a server: `python -m services.bench.engine [--backend …]`, or `make bench-engine`.
 
 Decode steps by batch, distinct adapters and rank, beside the time that reading the weights takes at the bandwidth
-measured in the same round; prefill; memory; base weights in eight bits. η is the time that an adapter's bytes take at
-that bandwidth ÷ the time that adapters add to a step. Ratios are medians of the rounds' own, with their quartiles. JSON
-lines go to --out, progress and the table to standard error. Exits with 1 when a target is missed.
+measured in the same round; prefill; memory; base weights of fewer bits. Until that last measurement a quantized file's
+weights are made the dtype's. η is the time that an adapter's bytes take at that bandwidth ÷ the time that adapters add
+to a step. Ratios are medians of the rounds' own, with their quartiles. JSON lines go to --out, progress and the table
+to standard error. Exits with 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 from services.bench import servers
 from services.bench.engine.bandwidth import ReadBandwidth
 from services.bench.engine.decode import CONTEXT, WARM_STEPS, Sizes, decode
-from services.bench.engine.eight_bits import eight_bits
+from services.bench.engine.fewer_bits import fewer_bits
 from services.bench.engine.steps import Bare
 from services.bench.memory import resident_bytes
+from services.bench.peers.model import write_directory
 from services.bench.progress import console, says
 from services.bench.results import Figure, Result, print_table, spread, write_lines
 from services.inference.model.compiled_runner import CompiledRunner
@@ -51,10 +53,13 @@ def main() -> int:
 
 def run(model: Path, sizes: Sizes, *, backend: str, dtype: str, threads: int) -> list[Result]:
     """Everything, on one runner."""
-    before = resident_bytes(os.getpid())
     slots, longest = max(sizes.batches), CONTEXT + WARM_STEPS + sizes.steps
-    with says("building the runner"):
-        bare = Bare(model, backend=backend, dtype=dtype, threads=threads, max_loras=slots, longest=longest)
+    with says("building the runner"), tempfile.TemporaryDirectory(prefix="bench-engine-") as directory:
+        dense = model
+        if model.suffix == ".gguf" and dtype == "bfloat16":
+            dense = write_directory(model, Path(directory))
+        before = resident_bytes(os.getpid())
+        bare = Bare(dense, backend=backend, dtype=dtype, threads=threads, max_loras=slots, longest=longest)
     setup = {"model": model.name, "runner": type(bare.runner).__name__, "dtype": dtype, "threads": threads}
     setup |= {"steps": sizes.steps, "rounds": sizes.rounds}
     results = [_memory(bare, before, setup)]
@@ -63,7 +68,7 @@ def run(model: Path, sizes: Sizes, *, backend: str, dtype: str, threads: int) ->
         results += decode(bare, bandwidth, sizes, setup)
     results.append(_prefill(bare, sizes, setup))
     if isinstance(bare.runner, CompiledRunner):
-        results += eight_bits(model, bare, sizes, setup, dtype=dtype, threads=threads)
+        results += fewer_bits(model, bare, sizes, setup, dtype=dtype, threads=threads)
     return results
 
 

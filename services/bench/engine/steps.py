@@ -19,7 +19,6 @@ from services.bench.adapters import linear_shapes as bench_shapes
 from services.bench.adapters import random_adapter
 from services.bench.fleet import DEVIATION
 from services.common.gguf_config import open_gguf
-from services.common.memory_plan import INT8_BLOCK, INT8_BLOCK_BYTES
 from services.common.process import settle
 from services.common.profile import linear_shapes, profile_from_config
 from services.inference.adapters.packed_adapter import BaseModelShapes, PackedAdapter
@@ -28,6 +27,7 @@ from services.inference.config import AdapterConfig, ServerConfig
 from services.inference.engine.interfaces import Runner, ScheduledRequest
 from services.inference.engine.request import Request, SamplingParams, StoppingParams
 from services.inference.model.backend import build_runner
+from services.inference.model.compiled_runner import CompiledRunner
 from services.inference.model.config import ModelConfig, load_config
 from services.inference.model.lora import group_shapes
 from services.inference.model.sampler import Sampler
@@ -79,12 +79,11 @@ class Bare:
     @property
     def weight_bytes(self) -> int:
         """Read by every step: all but the norms, and an embedding that is not also the head, of which rows are read."""
+        if isinstance(self.runner, CompiledRunner):
+            return self.runner.weight_bytes
         skipped = set() if self.model.tie_word_embeddings else {"model.embed_tokens.weight"}
         shapes = {name: shape for name, shape in expected_shapes(self.model).items() if name not in skipped}
-        numbers = sum(int(np.prod(shape)) for shape in shapes.values())
-        if self.config.quantization == "none":
-            return numbers * self.model.dtype.itemsize
-        return numbers * INT8_BLOCK_BYTES // INT8_BLOCK**2
+        return sum(int(np.prod(shape)) for shape in shapes.values()) * self.model.dtype.itemsize
 
     @property
     def cache_bytes(self) -> int:

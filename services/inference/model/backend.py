@@ -28,7 +28,7 @@ from services.inference.model.lora import group_shapes
 from services.inference.model.memory import CPU
 from services.inference.model.runner import ModelRunner
 from services.inference.model.sampler import Sampler
-from services.inference.model.weights import load_weights
+from services.inference.model.weights import load_stored_weights, load_weights
 from services.inference.model.widest_step import measured_activations, measured_graphs
 from services.inference.parallel.collectives import ALONE, Collectives, Group
 from services.inference.parallel.messages import SetBlocks
@@ -49,7 +49,7 @@ def build_runner(config: ServerConfig, model: ModelConfig, num_blocks: int, pool
     """
     if device_of(config) != CPU or not _compiled_can_be_had(config):
         return _torch_runners(config, model, pool, sampler, None)(num_blocks)
-    threads, weights = set_threads(config), load_weights(config.model, model)
+    threads, weights = set_threads(config), load_stored_weights(config.model, model)
     cache = compiled_cache(model, num_blocks, config.block_size)
     decoder = compiled_decoder(model, weights, cache, pool, threads, int8=config.quantization == "int8")
     return CompiledRunner(decoder, cache, pool, sampler)

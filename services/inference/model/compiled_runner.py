@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lora_kernels import BASE_ROW
 from lora_kernels.cpu import CpuCache, CpuDecoder, DecoderShape, PackedLayer, Packer, StepBatch
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.engine.interfaces import SampledToken, ScheduledRequest, StepDone
 from services.inference.model.config import ModelConfig
+from services.inference.model.gguf_weights import StoredWeight
 from services.inference.model.layers import inverse_frequencies
 from services.inference.model.lora import LINEAR_GROUPS
 from services.inference.model.memory import reserve
 from services.inference.model.sampler import GreedyRows, Sampler
+from services.inference.model.weights import dense
 
 
 class CompiledRunner:
@@ -27,6 +28,11 @@ class CompiledRunner:
         self._cache = cache
         self._pool = pool
         self._sampler = sampler
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the base weights that a step reads."""
+        return self._decoder.weight_bytes
 
     @torch.inference_mode()
     def launch(self, step: Sequence[ScheduledRequest]) -> StepDone:
@@ -81,7 +87,7 @@ def compiled_cache(config: ModelConfig, num_blocks: int, block_size: int) -> Cpu
 
 def compiled_decoder(
     config: ModelConfig,
-    weights: dict[str, Tensor],
+    weights: dict[str, StoredWeight],
     cache: CpuCache,
     pool: SlotPool,
     threads: int,
@@ -92,9 +98,11 @@ def compiled_decoder(
 
     int8: linears, head and the embedding that is tied to it, in eight bits
     """
-    packer = Packer(int8=int8)
+    packer = Packer(config.dtype, int8=int8)
     angles = torch.outer(torch.arange(config.max_model_len).float(), inverse_frequencies(config))
-    embedding = None if config.tie_word_embeddings else weights.pop("model.embed_tokens.weight")
+    embedding = None
+    if not config.tie_word_embeddings:
+        embedding = dense(weights.pop("model.embed_tokens.weight")).to(config.dtype)
     head = weights.pop("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
     return CpuDecoder(
         DecoderShape(
@@ -106,10 +114,9 @@ def compiled_decoder(
             head_dim=config.head_dim,
             norm_eps=config.rms_norm_eps,
             dtype=config.dtype,
-            int8=int8,
         ),
         [_layer(weights, f"model.layers.{index}.", packer) for index in range(config.num_layers)],
-        norm=weights.pop("model.norm.weight").float(),
+        norm=dense(weights.pop("model.norm.weight")).float(),
         head=packer.pack(head),
         embedding=embedding,
         cosines=angles.cos(),
@@ -121,10 +128,10 @@ def compiled_decoder(
     )
 
 
-def _layer(weights: dict[str, Tensor], prefix: str, packer: Packer) -> PackedLayer:
+def _layer(weights: dict[str, StoredWeight], prefix: str, packer: Packer) -> PackedLayer:
     linears = [linear for group in LINEAR_GROUPS.values() for linear in group]
     return PackedLayer(
-        input_norm=weights.pop(prefix + "input_layernorm.weight").float(),
-        post_attention_norm=weights.pop(prefix + "post_attention_layernorm.weight").float(),
+        input_norm=dense(weights.pop(prefix + "input_layernorm.weight")).float(),
+        post_attention_norm=dense(weights.pop(prefix + "post_attention_layernorm.weight")).float(),
         linears=tuple(packer.pack(weights.pop(f"{prefix}{linear}.weight")) for linear in linears),
     )

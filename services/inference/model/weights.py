@@ -6,14 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from services.common.errors import FailedPrecondition, Unimplemented
-from services.common.gguf_config import open_gguf
+from lora_kernels.cpu import BlockWeights
+from services.common.errors import FailedPrecondition
 from services.inference.model.config import ModelConfig
+from services.inference.model.gguf_weights import StoredWeight, read_gguf
 from services.inference.parallel.shard import WHOLE, Shard
 
 
@@ -22,22 +21,41 @@ def load_weights(path: Path, config: ModelConfig, shard: Shard = WHOLE) -> dict[
 
     Raises FailedPrecondition naming what is missing or wrong.
     """
-    tensors = _read_safetensors(path) if path.is_dir() else _read_gguf(path, config)
-    expected, parts = expected_shapes(config), expected_shapes(shard.config(config))
-    weights: dict[str, Tensor] = {}
-    for name, tensor in tensors:
+    parts = expected_shapes(shard.config(config))
+    return {
+        name: _part(dense(weight), parts[name], shard.rank).to(config.dtype)
+        for name, weight in _every_weight(path, config)
+    }
+
+
+def load_stored_weights(path: Path, config: ModelConfig) -> dict[str, StoredWeight]:
+    """The same, those that the file has in blocks of fewer bits as they are."""
+    return {
+        name: weight if isinstance(weight, BlockWeights) else weight.to(config.dtype)
+        for name, weight in _every_weight(path, config)
+    }
+
+
+def dense(weight: StoredWeight) -> Tensor:
+    """What is stored, or what its blocks stand for, in float32."""
+    return weight.dequantize() if isinstance(weight, BlockWeights) else weight
+
+
+def _every_weight(path: Path, config: ModelConfig) -> Iterator[tuple[str, StoredWeight]]:
+    expected = expected_shapes(config)
+    missing = dict.fromkeys(expected)
+    for name, weight in _read_safetensors(path) if path.is_dir() else read_gguf(path, config):
         if name not in expected:
             continue
-        if tuple(tensor.shape) != expected[name]:
+        if tuple(weight.shape) != expected[name]:
             raise FailedPrecondition(
                 "WEIGHT_MISSHAPEN",
-                f"--model: {name} is {list(tensor.shape)} where the config says {list(expected[name])}",
+                f"--model: {name} is {list(weight.shape)} where the config says {list(expected[name])}",
             )
-        weights[name] = _part(tensor, parts[name], shard.rank).to(config.dtype)
-    for name in expected:
-        if name not in weights:
-            raise FailedPrecondition("WEIGHT_MISSING", f"--model: {path} lacks the tensor {name}")
-    return {name: weights[name] for name in expected}
+        missing.pop(name, None)
+        yield name, weight
+    for name in missing:
+        raise FailedPrecondition("WEIGHT_MISSING", f"--model: {path} lacks the tensor {name}")
 
 
 def _part(tensor: Tensor, shape: tuple[int, ...], rank: int) -> Tensor:
@@ -84,44 +102,3 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield name, tensors.get_tensor(name)
-
-
-_GGUF_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
-def _read_gguf(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    from gguf.quants import dequantize
-
-    for tensor in open_gguf(path).tensors:
-        try:
-            values = torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), requirements="W"))
-        except NotImplementedError as error:
-            raise Unimplemented(
-                "UNSUPPORTED_QUANTIZATION",
-                f"--model: GGUF type {tensor.tensor_type.name} of {tensor.name} is not served",
-            ) from error
-        name = str(tensor.name).removesuffix(".weight")
-        if name.startswith("blk."):
-            _, layer, part = name.split(".", 2)
-            if part in ("attn_q", "attn_k"):
-                values = _unpermute(values, config.num_heads if part == "attn_q" else config.num_kv_heads)
-            yield f"model.layers.{layer}.{_GGUF_NAMES.get(part, part)}.weight", values
-        else:
-            yield f"{_GGUF_TOP.get(name, name)}.weight", values
-
-
-def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k from GGUF's order (a rotary pair side by side) to Hugging Face's (its halves apart)."""
-    rows, width = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)

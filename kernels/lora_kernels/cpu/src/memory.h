@@ -59,15 +59,19 @@ using Rows = RowsOf<float>;
 // The structs below are read from Python: structs.py repeats them field by field.
 extern "C" {
 
+// How base weights lie in memory.
+enum Storage : int64_t { AS_STORED, EIGHT_BITS, FOUR_BITS };
+
 // One linear of one layer: its base weights, packed, and every adapter's A and B in the slot pool.
 struct Linear {
-  const void* weight;     // [ceil(out / 32), in, 32], packed as multiply.h says
+  const void* weight;     // [ceil(out / 32), in, 32], packed as packed.h says, or in blocks as blocks.h does
   const void* a;          // [pages * 16, in]
   const void* b;          // [pages * 16, out]
   const int32_t* ranks;   // [slots]; 0 where the slot's adapter lacks this linear in this layer
   const float* scales;    // [slots]
   const int32_t* pages;   // [slots, max_pages]
   int64_t out;
+  Storage storage;
 };
 
 enum { Q, K, V, O, GATE, UP, DOWN, LINEARS };

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "packed.h"
+#include "tile_blocks.h"
 #include "tiles.h"
 #include "vector.h"
 
@@ -48,23 +49,23 @@ inline void add_products(Floats (&sums)[R][REGISTERS], const float* x, size_t x_
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 // The same of bf16, two inputs at a time: a sum takes the odd one's product, then the even one's. Where depth is odd, x
 // and w hold a zero past it.
-template <int R, int ahead, class A>
-inline void add_products(Floats (&sums)[R][REGISTERS], const BFloat16* x, size_t x_stride, Strided<PairedInputs> w,
-                         int depth, A& asking) {
-  for (int k = 0; k < depth; k += 2) {
-    __m512bh columns[REGISTERS];
-    for (int i = 0; i < REGISTERS; ++i) std::memcpy(&columns[i], w.at + 2 * i * LANES, sizeof columns[i]);
-    for (int input = 0; input < 2; ++input, w.next()) {
-      if constexpr (ahead > 0) w.ask(ahead);
-      asking.go();
+template <int R, int ahead, class C, class A>
+inline void add_products(Floats (&sums)[R][REGISTERS], const BFloat16* x, size_t x_stride, C w, int depth, A& asking) {
+  for (int k = 0; k < depth;)
+    for (const int end = k + w.run(depth - k, ahead); k < end; k += 2) {
+      __m512bh columns[REGISTERS];
+      for (int i = 0; i < REGISTERS; ++i) std::memcpy(&columns[i], w.at + 2 * i * LANES, sizeof columns[i]);
+      for (int input = 0; input < 2; ++input, w.next()) {
+        if constexpr (ahead > 0) w.ask(ahead);
+        asking.go();
+      }
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, x + r * x_stride + k, sizeof pair);
+        const __m512bh values = bits_of<__m512bh>(_mm512_set1_epi32(pair));
+        for (int i = 0; i < REGISTERS; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], values, columns[i]);
+      }
     }
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, x + r * x_stride + k, sizeof pair);
-      const __m512bh values = bits_of<__m512bh>(_mm512_set1_epi32(pair));
-      for (int i = 0; i < REGISTERS; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], values, columns[i]);
-    }
-  }
 }
 #endif
 
@@ -87,7 +88,10 @@ inline void multiply_rest(int rows, const X* x, size_t x_stride, C w, int depth,
 
 // The most rows of a product that are computed at once, by what it walks; and so many of them, or fewer.
 template <class C>
-constexpr int rows_at_once(const C&) {
+constexpr int rows_at_once() {
+#if defined(__AMX_BF16__)
+  if constexpr (C::PAIRS) return TILES_ROWS;
+#endif
   return ROWS;
 }
 template <int ahead, class X, class C, class A>
@@ -107,7 +111,7 @@ inline void multiply_some(int rows, const X* x, size_t x_stride, C w, int depth,
 // Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
 template <int ahead = 0, class X, class C, class A = Silence>
 void multiply(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, A asking = {}) {
-  constexpr int most = rows_at_once(C{});
+  constexpr int most = rows_at_once<C>();
   for (; rows > 0; rows -= most, x += most * x_stride, y += most * y_stride)
     multiply_some<ahead>(std::min(rows, most), x, x_stride, w, depth, y, y_stride, add, asking);
 }
@@ -115,7 +119,8 @@ void multiply(int rows, const X* x, size_t x_stride, C w, int depth, float* y, s
 // The same, asking memory for something else meanwhile.
 template <int ahead = 0, class X, class C>
 void multiply(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, Ask ask) {
-  const int times = (rows + rows_at_once(w) - 1) / rows_at_once(w);
+  constexpr int most = rows_at_once<C>();
+  const int times = (rows + most - 1) / most;
   const Asking asking{static_cast<const char*>(ask.from), ask.bytes / (size_t(depth) * times)};
   multiply<ahead>(rows, x, x_stride, w, depth, y, y_stride, add, asking);
 }

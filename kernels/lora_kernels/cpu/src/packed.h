@@ -38,16 +38,6 @@ constexpr int PAIRED_INPUTS = 2;
 #endif
 inline int whole_inputs(int inputs) { return (inputs + PAIRED_INPUTS - 1) / PAIRED_INPUTS * PAIRED_INPUTS; }
 
-// Inputs that share a scale in a column of eight-bit weights: 36 bytes where bf16 has 64, and GGUF's Q8_0 kept as it is.
-// Fewer scales cost tokens: 97 in 100 were float32's with 32 inputs a scale, 95 with 64, 93 with 128 (kernels/README.md).
-constexpr int SCALED = 32;
-
-// Base weights in eight bits: [columns / 32, ceil(in / SCALED)] of these. A weight is values * scales, in float32.
-struct Int8Block {
-  float scales[COLUMNS];
-  int8_t values[SCALED][COLUMNS];
-};
-
 // Where a weight lies in its panel.
 inline size_t place_in_panel(const float*, int input, int column) { return size_t(input) * COLUMNS + column; }
 inline size_t place_in_panel(const PairedBFloat16*, int input, int column) {
@@ -71,9 +61,12 @@ inline Floats load_columns(const PairedBFloat16* from, int i) {
   return bits_of<Floats>(i < REGISTERS / 2 ? pairs << 16 : pairs & 0xffff0000u);
 }
 
-// Columns of w on a product's way down its inputs, which come in runs: run() starts one and says how long it is.
+// Columns of w on a product's way down its inputs, which come in runs: run() starts one and says how long it is. Where
+// inputs come in pairs, `at` is where a product finds them.
 template <class W>
 struct Strided {
+  static constexpr bool PAIRS = std::is_same_v<W, PairedInputs>;
+
   const W* at;
   size_t stride;
 
@@ -81,38 +74,26 @@ struct Strided {
   Floats columns(int i) const { return load_columns(at, i); }
   void ask(int ahead) const { prefetch(at, COLUMNS * sizeof(W), ahead); }
   void next() { at += stride; }
-};
-
-struct Int8Columns {
-  const Int8Block* block;
-  const int8_t* at = nullptr;
-  Floats scales[REGISTERS] = {};
-
-  int run(int left, int ahead) {
-    if (ahead > 0) prefetch(block, sizeof block->scales, ahead);
-    for (int i = 0; i < REGISTERS; ++i) scales[i] = load(block->scales + i * LANES);
-    at = block->values[0];
-    ++block;
-    return left < SCALED ? left : SCALED;
+  // The next inputs, as many as an instruction takes.
+  const W* take(int ahead) {
+    const W* taken = at;
+    at += PAIRED_INPUTS * COLUMNS;
+    if (ahead > 0) prefetch(taken, PAIRED_INPUTS * COLUMNS * sizeof(W), ahead);
+    return taken;
   }
-  Floats columns(int i) const { return load(at + i * LANES) * scales[i]; }
-  void ask(int ahead) const { prefetch(at, COLUMNS, ahead); }
-  void next() { at += COLUMNS; }
 };
 
 // A panel of packed weights, from its first input on.
 template <class W>
-inline Strided<W> walk(const W* panel) {
+inline Strided<W> walk(const W* panel, void* = nullptr) {
   return {panel, COLUMNS};
 }
-inline Int8Columns walk(const Int8Block* panel) { return {panel}; }
 
-// How many a panel of `inputs` holds of what it is made of, and so where a later input lies, a multiple of SCALED.
+// How many a panel of `inputs` holds of what it is made of, and so where a later input lies.
 template <class W>
 inline size_t panel_size(const W*, int inputs) {
   return size_t(std::is_same_v<W, PairedInputs> ? whole_inputs(inputs) : inputs) * COLUMNS;
 }
-inline size_t panel_size(const Int8Block*, int inputs) { return size_t(inputs + SCALED - 1) / SCALED; }
 
 template <class W>
 inline const W* past(const W* panel, int inputs) {
@@ -123,10 +104,6 @@ inline const W* past(const W* panel, int inputs) {
 template <class W>
 inline float weight_at(const W* panel, int input, int column) {
   return widen(panel[place_in_panel(panel, input, column)]);
-}
-inline float weight_at(const Int8Block* panel, int input, int column) {
-  const Int8Block& block = panel[input / SCALED];
-  return float(block.values[input % SCALED][column]) * block.scales[column];
 }
 
 // A panel's columns in float32: [inputs, 32].

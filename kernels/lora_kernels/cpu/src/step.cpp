@@ -128,13 +128,18 @@ class Engine {
   virtual void step(const Batch& batch) = 0;
 };
 
-// T: how adapters and cache are stored; Weight: how base weights are.
-template <class T, class Weight = typename Packed<T>::Weight>
+// T: how adapters and cache are stored, and base weights that are in no blocks.
+template <class T>
 class Decoder final : public Engine {
  public:
+  using Weight = typename Packed<T>::Weight;
+  using Four = typename BlocksOf<T>::Four;
+  using Eight = typename BlocksOf<T>::Eight;
   // What a product takes of its input.
   using Input = std::conditional_t<std::is_same_v<Weight, PairedInputs>, BFloat16, float>;
   static constexpr bool ROUNDS = !std::is_same_v<Input, float>;
+  // Weights as products of many rows take them.
+  using Wide = std::conditional_t<ROUNDS, PairedInputs, float>;
 
   Decoder(const Model& model, int threads)
       : model_(model),
@@ -164,8 +169,8 @@ class Decoder final : public Engine {
     explicit Scratch(const Model& model) : attention(model) {}
     Attention<T> attention;
     Buffer state, part;
-    BufferOf<T> narrowed;
-    alignas(64) float widened[INPUTS<float> * COLUMNS];
+    BufferOf<T> narrowed, paired;
+    alignas(64) Wide widened[INPUTS<Weight> * COLUMNS];
     alignas(64) T tail[PAGE_ROWS * COLUMNS];
   };
 
@@ -252,8 +257,13 @@ class Decoder final : public Engine {
       const T* from = static_cast<const T*>(model_.embedding) + size_t(token) * hidden;
       for (int k = 0; k < hidden; ++k) x[k] = widen(from[k]);
     } else {
-      const Weight* panel = panel_of(model_.head, token / COLUMNS, hidden);
-      for (int k = 0; k < hidden; ++k) x[k] = weight_at(panel, k, token % COLUMNS);
+      with_panel(model_.head, token / COLUMNS, hidden, [&](const auto* panel) {
+        for (int k = 0; k < hidden; ++k) {
+          Input stored;
+          narrow(weight_at(panel, k, token % COLUMNS), stored);
+          x[k] = widen(stored);
+        }
+      });
     }
   }
 
@@ -447,9 +457,14 @@ class Decoder final : public Engine {
     }
   }
 
-  static const Weight* panel_of(const Linear& linear, int panel, int depth) {
-    const Weight* panels = static_cast<const Weight*>(linear.weight);
-    return panels + size_t(panel) * panel_size(panels, depth);
+  // use(panel), of the type that the linear's weights are stored as.
+  template <class Use>
+  static void with_panel(const Linear& linear, int panel, int depth, Use&& use) {
+    const auto found = [&]<class W>(const W* panels) { use(panels + size_t(panel) * panel_size(panels, depth)); };
+    if constexpr (KEEPS_BLOCKS<T>)
+      if (linear.storage == FOUR_BITS) return found(static_cast<const Four*>(linear.weight));
+    if (linear.storage == EIGHT_BITS) return found(static_cast<const Eight*>(linear.weight));
+    found(static_cast<const Weight*>(linear.weight));
   }
 
   // y = x W, a panel of 32 columns by PROJECT_ROWS rows an item; `after`: where adapters are at work, the next group.
@@ -461,27 +476,39 @@ class Decoder final : public Engine {
     for (int index = 0; index < group.count; ++index)
       starts[index + 1] = starts[index] + padded(group.linears[index].out) / COLUMNS;
     const int panels = starts[group.count], grain = std::max(1, panels / (16 * team_.size()));
+    if constexpr (KEEPS_BLOCKS<T>) {
+      const auto in_blocks = [](const Linear& linear) { return linear.storage != AS_STORED; };
+      if (rows <= rows_at_once<TilesOfBlocks<Four>>() &&
+          std::any_of(group.linears, group.linears + group.count, in_blocks))
+        pair_rows(x[0], x.stride(), rows, depth, mine.paired.at_least(size_t(rows) * whole_inputs(depth)));
+    }
     team_.each(panels * ((rows + most - 1) / most), grain, [&](int item) {
       const int first = item / panels * most, here = std::min(most, rows - first);
       const int place = item % panels;
       int index = 0;
       while (place >= starts[index + 1]) ++index;
       const Linear& linear = group.linears[index];
-      const Weight* weight = panel_of(linear, place - starts[index], depth);
       float* out = y + size_t(first) * y_stride + size_t(place) * COLUMNS;
-      if (here > rows_at_once(walk(weight)))
-        multiply_blocks(mine.widened, here, x[first], x.stride(), weight, depth, out, y_stride);
-      else if (!after) multiply<WEIGHTS_AHEAD>(here, x[first], x.stride(), walk(weight), depth, out, y_stride, false);
-      else multiply_asking(group, *after, place, panels, here, x[first], x.stride(), weight, out, y_stride);
+      with_panel(linear, place - starts[index], depth, [&](const auto* weight) {
+        constexpr bool in_tiles = TileBlock<std::remove_cvref_t<decltype(*weight)>>;
+        const auto columns = walk(weight, mine.widened);
+        const Input* from = x[first];
+        if ((in_tiles ? rows : here) > rows_at_once<std::remove_cv_t<decltype(columns)>>())
+          return multiply_parts(mine.widened, here, from, x.stride(), weight, depth, out, y_stride);
+        if constexpr (in_tiles) from = mine.paired.data();
+        if (!after) multiply<WEIGHTS_AHEAD>(here, from, x.stride(), columns, depth, out, y_stride, false);
+        else multiply_asking(group, *after, place, panels, here, from, x.stride(), columns, out, y_stride);
+      });
     });
   }
 
   // As multiply, and memory is asked for one range after another of what adapters will need.
+  template <class C>
   void multiply_asking(const Group& group, const Group& after, int panel, int panels, int rows, const Input* x,
-                       int x_stride, const Weight* weight, float* y, int y_stride) const {
+                       int x_stride, const C& columns, float* y, int y_stride) const {
     const int blocks = (group.depth + ASKED - 1) / ASKED;
     const auto ranges = [&](int block) { return adapters_of(group, after, panel * blocks + block, panels * blocks); };
-    multiply<WEIGHTS_AHEAD>(rows, x, x_stride, walk(weight), group.depth, y, y_stride, false, AskingInTurn{ranges});
+    multiply<WEIGHTS_AHEAD>(rows, x, x_stride, columns, group.depth, y, y_stride, false, AskingInTurn{ranges});
   }
 
   // Part `part` of `parts` of the bytes of B of a group's adapters and A of the group's after it, page by page.
@@ -502,23 +529,24 @@ class Decoder final : public Engine {
     return {reinterpret_cast<const char*>(rows) + part % pieces * bytes, bytes};
   }
 
-  // As multiply, in the same order: sums wait in y from one block of inputs to the next.
-  static void multiply_blocks(float* widened, int rows, const Input* x, int x_stride, const Weight* weight, int depth,
-                              float* y, int y_stride) {
-    constexpr bool widens = !ROUNDS && !std::is_same_v<Weight, float>;
-    constexpr int most = INPUTS<Weight>;
+  // As multiply, in the same order: sums wait in y from one part of the inputs to the next.
+  template <class W>
+  static void multiply_parts(Wide* widened, int rows, const Input* x, int x_stride, const W* weight, int depth, float* y,
+                             int y_stride) {
+    constexpr bool widens = !std::is_same_v<W, Wide>;
+    constexpr int most = INPUTS<Weight>, unwidened = ROUNDS ? 0 : PRODUCTS_UNWIDENED * ROWS;
     for (int start = 0; start < depth; start += most, x += most) {
       const int here = std::min(most, depth - start);
-      const Weight* block = weight;
+      const W* part = weight;
       weight = past(weight, here);
-      const Ask next{weight, (weight - block) * sizeof(Weight)};
+      const Ask next{weight, (weight - part) * sizeof(W)};
       if constexpr (widens)
-        if (rows > PRODUCTS_UNWIDENED * ROWS) {
-          widen_panel(block, here, widened);
-          multiply(rows, x, x_stride, walk<float>(widened), here, y, y_stride, start > 0, next);
+        if (rows > unwidened) {
+          widen_panel(part, here, widened);
+          multiply(rows, x, x_stride, walk<Wide>(widened), here, y, y_stride, start > 0, next);
           continue;
         }
-      multiply(rows, x, x_stride, walk(block), here, y, y_stride, start > 0, next);
+      multiply(rows, x, x_stride, walk(part, widened), here, y, y_stride, start > 0, next);
     }
   }
 
@@ -580,48 +608,74 @@ void pack(const T* from, int64_t out, int64_t in, Weight* to) {
   }
 }
 
-// The same in eight bits: the largest of SCALED inputs becomes 127, the others round to nearest, ties to even. A NaN or
-// infinity makes all that share its scale NaN.
-template <class T>
-void quantise(const T* from, int64_t out, int64_t in, Int8Block* to) {
+// A weight [out, in] in blocks: put(block, input, column, row of the weight, input of the weight) fills what is not padding.
+template <class Block, class Put>
+void pack_blocks(int64_t out, int64_t in, Block* to, Put&& put) {
   for (int64_t first = 0; first < out; first += COLUMNS)
     for (int64_t start = 0; start < in; start += SCALED, ++to) {
       std::memset(static_cast<void*>(to), 0, sizeof *to);
-      const int inputs = int(std::min<int64_t>(SCALED, in - start));
-      for (int column = 0; column < std::min<int64_t>(COLUMNS, out - first); ++column) {
-        float values[SCALED], most = 0;
-        for (int k = 0; k < inputs; ++k) {
-          values[k] = widen(from[(first + column) * in + start + k]);
-          const float size = std::abs(values[k]);
-          most = most >= size || most != most ? most : size;
-        }
-        const float scale = most / 127;
-        to->scales[column] = scale < std::numeric_limits<float>::infinity() ? scale : std::nanf("");
-        if (!(to->scales[column] > 0)) continue;
-        for (int k = 0; k < inputs; ++k)
-          to->values[k][column] = int8_t(std::clamp(std::nearbyint(values[k] / scale), -127.0f, 127.0f));
-      }
+      for (int column = 0; column < std::min<int64_t>(COLUMNS, out - first); ++column)
+        put(*to, column, first + column, start, int(std::min<int64_t>(SCALED, in - start)));
     }
 }
 
+// Of weights as they are: the largest of SCALED inputs becomes 127, the others round to nearest, ties to even. A NaN or
+// infinity makes all that share its scale NaN.
 template <class T>
-Engine* open(const Model& model, int threads, bool int8) {
-  if (int8) return new Decoder<T, Int8Block>(model, threads);
-  return new Decoder<T>(model, threads);
+void quantise(const T* from, int64_t out, int64_t in, void* to) {
+  using Block = typename BlocksOf<T>::Eight;
+  pack_blocks(out, in, static_cast<Block*>(to), [&](Block& block, int column, int64_t row, int64_t start, int inputs) {
+    float values[SCALED], most = 0;
+    for (int k = 0; k < inputs; ++k) {
+      values[k] = widen(from[row * in + start + k]);
+      const float size = std::abs(values[k]);
+      most = most >= size || most != most ? most : size;
+    }
+    const float scale = most / 127;
+    block.scales[column] = scale < std::numeric_limits<float>::infinity() ? scale : std::nanf("");
+    if (!(block.scales[column] > 0)) return;
+    for (int k = 0; k < inputs; ++k)
+      block.put(k, column, int(std::clamp(std::nearbyint(values[k] / scale), -127.0f, 127.0f)));
+  });
+}
+
+// Of values that came with scales, and where there are four bits with least values: [out, in] and [out, in / SCALED].
+template <class T>
+void keep(const int8_t* values, const float* scales, const float* least, int64_t out, int64_t in, void* to) {
+  const auto pack = [&]<class B>(B* blocks) {
+    pack_blocks(out, in, blocks, [&](B& block, int column, int64_t row, int64_t start, int inputs) {
+      const int64_t group = (row * in + start) / SCALED;
+      block.scales[column] = scales[group];
+      if constexpr (requires { block.least; }) block.least[column] = least[group];
+      for (int k = 0; k < inputs; ++k) block.put(k, column, values[row * in + start + k]);
+    });
+  };
+  if constexpr (KEEPS_BLOCKS<T>)
+    if (least != nullptr) return pack(static_cast<typename BlocksOf<T>::Four*>(to));
+  pack(static_cast<typename BlocksOf<T>::Eight*>(to));
+}
+
+template <class T>
+size_t panel_bytes(int64_t in, int64_t storage) {
+  const auto bytes = [&]<class W>(const W* panel) { return panel_size(panel, int(in)) * sizeof(W); };
+  if constexpr (KEEPS_BLOCKS<T>)
+    if (storage == FOUR_BITS) return bytes(static_cast<const typename BlocksOf<T>::Four*>(nullptr));
+  if (storage == EIGHT_BITS) return bytes(static_cast<const typename BlocksOf<T>::Eight*>(nullptr));
+  return bytes(static_cast<const typename Packed<T>::Weight*>(nullptr));
 }
 
 }  // namespace
 }  // namespace multilora
 
-// ---- What Python calls. `bf16`: how weights, adapters and cache are stored; else float32. `int8`: base weights in eight
-// bits, whatever the others are.
+// ---- What Python calls. `bf16`: how adapters and cache are stored, and what base weights stand for; else float32.
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Null when there is no memory or no thread to be had.
-EXPORT void* multilora_open(const multilora::Model* model, int threads, int bf16, int int8) try {
+EXPORT void* multilora_open(const multilora::Model* model, int threads, int bf16) try {
   using namespace multilora;
-  return bf16 ? open<BFloat16>(*model, threads, int8) : open<float>(*model, threads, int8);
+  if (bf16) return static_cast<Engine*>(new Decoder<BFloat16>(*model, threads));
+  return static_cast<Engine*>(new Decoder<float>(*model, threads));
 } catch (...) {
   return nullptr;
 }
@@ -636,24 +690,33 @@ EXPORT int multilora_step(void* engine, const multilora::Batch* batch) try {
 
 EXPORT void multilora_close(void* engine) { delete static_cast<multilora::Engine*>(engine); }
 
+// Whether multilora_keep is for this library and dtype; where it is not, files' blocks are packed as the weights they are.
+EXPORT int multilora_keeps_blocks(int bf16) {
+  using namespace multilora;
+  return bf16 ? KEEPS_BLOCKS<BFloat16> : KEEPS_BLOCKS<float>;
+}
+
+// The bytes of a linear's packed weights.
+EXPORT int64_t multilora_packed_bytes(int64_t out, int64_t in, int bf16, int64_t storage) {
+  using namespace multilora;
+  return padded(out) / COLUMNS * int64_t(bf16 ? panel_bytes<BFloat16>(in, storage) : panel_bytes<float>(in, storage));
+}
+
 EXPORT void multilora_pack(const void* from, int64_t out, int64_t in, void* to, int bf16) {
   using namespace multilora;
   if (bf16) pack(static_cast<const BFloat16*>(from), out, in, static_cast<Packed<BFloat16>::Weight*>(to));
   else pack(static_cast<const float*>(from), out, in, static_cast<float*>(to));
 }
 
-// The bytes of a linear's packed weights.
-EXPORT int64_t multilora_packed_bytes(int64_t out, int64_t in, int bf16, int int8) {
-  using namespace multilora;
-  const auto bytes = [&]<class W>(const W* panel) { return panel_size(panel, int(in)) * sizeof(W); };
-  const size_t panel = int8   ? bytes(static_cast<const Int8Block*>(nullptr))
-                       : bf16 ? bytes(static_cast<const Packed<BFloat16>::Weight*>(nullptr))
-                              : bytes(static_cast<const float*>(nullptr));
-  return padded(out) / COLUMNS * int64_t(panel);
-}
-
 EXPORT void multilora_quantise(const void* from, int64_t out, int64_t in, void* to, int bf16) {
   using namespace multilora;
-  if (bf16) quantise(static_cast<const BFloat16*>(from), out, in, static_cast<Int8Block*>(to));
-  else quantise(static_cast<const float*>(from), out, in, static_cast<Int8Block*>(to));
+  if (bf16) quantise(static_cast<const BFloat16*>(from), out, in, to);
+  else quantise(static_cast<const float*>(from), out, in, to);
+}
+
+EXPORT void multilora_keep(const int8_t* values, const float* scales, const float* least, int64_t out, int64_t in,
+                           void* to, int bf16) {
+  using namespace multilora;
+  if (bf16) keep<BFloat16>(values, scales, least, out, in, to);
+  else keep<float>(values, scales, least, out, in, to);
 }

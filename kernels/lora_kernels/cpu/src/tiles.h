@@ -14,24 +14,28 @@ namespace multilora {
 constexpr int TILE_ROWS = 16;
 constexpr int TILES_ROWS = 2 * TILE_ROWS;
 
-constexpr int rows_at_once(const Strided<PairedInputs>&) { return TILES_ROWS; }
-
 // What the eight tiles are: sums of the first sixteen rows (0, 1) and of the others (2, 3), x of either (4, 5), w (6, 7).
+// Sums and x are as many rows, or where w comes first in a product, as many columns.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16];
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
 
-  explicit TileShapes(int of_x)
-      : rows{uint8_t(std::min(of_x, TILE_ROWS)), rows[0], uint8_t(std::max(of_x - TILE_ROWS, 1)), rows[2],
-             rows[0],  rows[2], TILE_ROWS, TILE_ROWS} {}
+  TileShapes(int of_x, bool w_first) {
+    for (int tile = 0; tile < 8; ++tile) {
+      const int below = tile < 4 ? tile / 2 : tile % 2;
+      const int of_tile = tile > 5 ? TILE_ROWS : below ? std::max(of_x - TILE_ROWS, 1) : std::min(of_x, TILE_ROWS);
+      rows[tile] = uint8_t(w_first ? TILE_ROWS : of_tile);
+      bytes[tile] = uint16_t(w_first ? of_tile * sizeof(float) : 64);
+    }
+  }
 };
 
 // As multiply. An instruction sums 32 inputs in an order of its own, the same for every row of a tile and however many
 // there are.
-template <bool both, int ahead, class A>
-inline void multiply_tiles(const BFloat16* x, size_t x_stride, Strided<PairedInputs> w, int depth, float* y,
-                           size_t y_stride, bool add, A& asking) {
+template <bool both, int ahead, class C, class A>
+inline void multiply_tiles(const BFloat16* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add,
+                           A& asking) {
   const size_t x_bytes = x_stride * sizeof *x, y_bytes = y_stride * sizeof *y, w_bytes = 2 * COLUMNS * sizeof *w.at;
   const BFloat16* x_below = x + TILE_ROWS * x_stride;
   float* y_below = y + TILE_ROWS * y_stride;
@@ -51,9 +55,7 @@ inline void multiply_tiles(const BFloat16* x, size_t x_stride, Strided<PairedInp
     }
   }
   for (int k = 0; k < depth; k += PAIRED_INPUTS) {
-    const PairedInputs* from = w.at;
-    w.at += PAIRED_INPUTS * COLUMNS;
-    if constexpr (ahead > 0) prefetch(from, PAIRED_INPUTS * COLUMNS * sizeof *from, ahead);
+    const PairedInputs* from = w.take(ahead);
     asking.go_far(PAIRED_INPUTS);
     _tile_loadd(4, x + k, x_bytes);
     _tile_loadd(6, from, w_bytes);
@@ -74,14 +76,16 @@ inline void multiply_tiles(const BFloat16* x, size_t x_stride, Strided<PairedInp
   }
 }
 
-// Rows of x that a thread's tiles are shaped for; 0 before they are. To shape them takes as long as a small product.
+// Rows of x that a thread's tiles are shaped for, negative where w comes first; 0 before they are. To shape them takes as
+// long as a small product.
 inline thread_local int tiles_shaped_for = 0;
 
-inline void shape_tiles(int rows) {
-  if (rows == tiles_shaped_for) return;
-  const TileShapes shapes(rows);
+inline void shape_tiles(int rows, bool w_first) {
+  const int wanted = w_first ? -rows : rows;
+  if (wanted == tiles_shaped_for) return;
+  const TileShapes shapes(rows, w_first);
   _tile_loadconfig(&shapes);
-  tiles_shaped_for = rows;
+  tiles_shaped_for = wanted;
 }
 
 // A thread's tiles are state that the kernel saves at every switch until they are let go.
@@ -90,11 +94,11 @@ inline void release_tiles() {
   tiles_shaped_for = 0;
 }
 
-template <int ahead, class A>
-inline void multiply_some(int rows, const BFloat16* x, size_t x_stride, Strided<PairedInputs> w, int depth, float* y,
-                          size_t y_stride, bool add, A& asking) {
+template <int ahead, class C, class A>
+inline void multiply_some(int rows, const BFloat16* x, size_t x_stride, C w, int depth, float* y, size_t y_stride,
+                          bool add, A& asking) {
   asm volatile("" ::: "memory");  // the intrinsics do not tell that they read
-  shape_tiles(rows);
+  shape_tiles(rows, false);
   if (rows > TILE_ROWS) multiply_tiles<true, ahead>(x, x_stride, w, depth, y, y_stride, add, asking);
   else multiply_tiles<false, ahead>(x, x_stride, w, depth, y, y_stride, add, asking);
 }

@@ -1,5 +1,5 @@
-"""What base weights in eight bits gain and cost: decode steps beside those of the dtype itself, and logits and tokens
-beside float32's along its own greedy answers.
+"""What base weights of fewer bits gain and cost: decode steps beside those of the dtype itself, and for eight bits also
+logits and tokens beside float32's along its own greedy answers. A quantized file's own blocks cost no bit of either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from services.inference.adapters.slot_pool import SlotPool
 from services.inference.model.compiled_runner import compiled_cache, compiled_decoder
 from services.inference.model.config import load_config
 from services.inference.model.lora import group_shapes
-from services.inference.model.weights import load_weights
+from services.inference.model.weights import load_stored_weights
 from services.inference.tokenizer import ChatTurn, Tokenizer
 
 TOKENS, BLOCK_SIZE, POSITIONS = 64, 16, 256
@@ -37,47 +37,51 @@ PROMPTS = (
 )
 
 
-def eight_bits(
+def fewer_bits(
     model: Path, bare: Bare, sizes: Sizes, setup: dict[str, Any], *, dtype: str, threads: int
 ) -> list[Result]:
-    """bare: the model in its dtype, on the compiled path"""
-    with says("building the runner in eight bits"):
-        longest = CONTEXT + 1 + sizes.steps
-        eight = Bare(
-            model, backend="compiled", dtype=dtype, threads=threads, max_loras=8, longest=longest, quantization="int8"
-        )
-    results = [_decode(bare, eight, sizes, setup)]
-    del eight
+    """bare: the model in its dtype, on the compiled path; model: as it is stored"""
+    kinds = {"int8": "int8"} | ({"as_stored": "none"} if model.suffix == ".gguf" else {})
+    results = []
+    for name, quantization in kinds.items():
+        with says(f"decode, base weights {name}"):
+            longest = CONTEXT + 1 + sizes.steps
+            common: dict[str, Any] = {"backend": "compiled", "dtype": dtype, "threads": threads}
+            fewer = Bare(model, **common, max_loras=8, longest=longest, quantization=quantization)
+            results.append(_decode(name, bare, fewer, sizes, setup))
+            del fewer
     with says("tokens of eight bits"):
         return [*results, _quality(model, setup, dtype=dtype, threads=threads)]
 
 
-def _decode(bare: Bare, eight: Bare, sizes: Sizes, setup: dict[str, Any]) -> Result:
-    batches = [batch for batch in (1, 8) if batch <= max(sizes.batches)]
-    seconds: dict[int, list[tuple[float, float]]] = {batch: [] for batch in batches}
-    with says("decode in eight bits"):
-        for _ in range(sizes.rounds):
-            for batch in batches:
-                theirs, ours = (decode_seconds(of, batch, 0, sizes.steps) for of in (bare, eight))
-                seconds[batch].append((ours, theirs))
-    ratios = {batch: quartiles([ours / theirs for ours, theirs in found]) for batch, found in seconds.items()}
-    times = {batch: [spread([each[i] * 1e3 for each in found]) for i in (0, 1)] for batch, found in seconds.items()}
+def _decode(name: str, bare: Bare, fewer: Bare, sizes: Sizes, setup: dict[str, Any]) -> Result:
+    batches = {batch: (0, batch) for batch in (1, 8) if batch <= max(sizes.batches)}
+    seconds: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for runner in (bare, fewer):
+        runner.load_adapters(max(batches), 16)
+    for _ in range(sizes.rounds):
+        for batch, adapters in batches.items():
+            for distinct in adapters:
+                theirs, ours = (decode_seconds(of, batch, distinct, sizes.steps) for of in (bare, fewer))
+                seconds.setdefault((batch, distinct), []).append((ours, theirs))
+    ratios = {case: quartiles([ours / theirs for ours, theirs in found]) for case, found in seconds.items()}
+    times = {case: [spread([each[i] * 1e3 for each in found]) for i in (0, 1)] for case, found in seconds.items()}
     figures = [
         Figure(
-            f"decode, batch {batch}: int8 ÷ {setup['dtype']}",
+            f"decode, batch {batch}, {distinct} adapters: {name.replace('_', ' ')} ÷ {setup['dtype']}",
             ratio["median"],
             " ×",
-            note=f"{ratio['q1']:g} to {ratio['q3']:g}; {_medians(times[batch])} ms",
+            note=f"{ratio['q1']:g} to {ratio['q3']:g}; {_medians(times[batch, distinct])} ms",
         )
-        for batch, ratio in ratios.items()
+        for (batch, distinct), ratio in ratios.items()
     ]
     metrics = {
-        "weight_bytes": eight.weight_bytes,
-        "build_seconds": eight.seconds_to_build,
-        "over_dtype": {f"{batch}": ratio for batch, ratio in ratios.items()},
-        "step_ms": {f"{batch}": ours for batch, (ours, _) in times.items()},
+        "weight_bytes": fewer.weight_bytes,
+        "build_seconds": fewer.seconds_to_build,
+        "over_dtype": {f"{batch}x{distinct}": ratio for (batch, distinct), ratio in ratios.items()},
+        "step_ms": {f"{batch}x{distinct}": ours for (batch, distinct), (ours, _) in times.items()},
     }
-    return Result("engine_int8_decode", setup, metrics, figures)
+    return Result(f"engine_{name}_decode", setup, metrics, figures)
 
 
 def _medians(times: Sequence[dict[str, float]]) -> str:
@@ -122,7 +126,7 @@ class _Model:
         pool = SlotPool(group_shapes(model), model.num_layers, 1, 16, model.dtype)
         self._blocks = np.arange(1, 1 + POSITIONS // BLOCK_SIZE, dtype=np.int32)[None]
         cache = compiled_cache(model, 1 + self._blocks.size, BLOCK_SIZE)
-        self._decoder = compiled_decoder(model, load_weights(path, model), cache, pool, threads, int8=int8)
+        self._decoder = compiled_decoder(model, load_stored_weights(path, model), cache, pool, threads, int8=int8)
         open_gguf.cache_clear()
 
     def answer(self, prompt: Sequence[int]) -> list[int]:
