@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.cpu import load_library
+from services.bench.peers.model import write_directory
 from services.inference.adapters.slot_pool import SlotPool
 from services.inference.config import ConfigError, ServerConfig
 from services.inference.engine.interfaces import Runner, SampledToken, ScheduledRequest
@@ -88,6 +89,13 @@ def test_bfloat16_is_no_worse_than_torch(real_model: Path, tmp_path: Path) -> No
         assert measure((ours - exact).abs()) <= measure((theirs - exact).abs())
     agree = [int((logits.argmax(-1) == exact.argmax(-1)).sum()) for logits in (ours, theirs)]
     assert agree[0] >= agree[1]
+
+
+def test_a_files_own_blocks_say_what_its_weights_say(real_model: Path, tmp_path: Path) -> None:
+    """Bit for bit, where they are multiplied as they are; elsewhere they are made the weights they stand for."""
+    plain = write_directory(real_model, tmp_path / "plain")
+    in_blocks, dense = (prompt_logits(path, tmp_path, "bfloat16", "compiled") for path in (real_model, plain))
+    assert torch.equal(in_blocks, dense)
 
 
 def test_eight_bits_are_near_what_they_stand_for(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """We and the peers on this machine: `python -m services.bench.peers [--rows …] [--plot FILE]`, or `make bench-peers`.
 
 Installs vLLM's CPU build and PEFT into environments of their own, then runs them and us in turn, A, B, A, B …: the same
-model in bf16, adapters, prompts (token ids), and HTTP client. JSON lines go to --out, progress and the table to
-standard error. What counts are the ratios. Exits with 1 when a target is missed.
+model in bf16, adapters, prompts (token ids), and HTTP client. The quantized file that the model comes from is served by
+us a second time, as it is, with the same tokens: the peers cannot, and no target is about it. JSON lines go to --out,
+progress and the table to standard error. What counts are the ratios. Exits with 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from services.bench.results import Figure, Result, print_table, spread, write_li
 
 FLEET, SLOTS, BATCH = 16, 8, 8
 TOKENS_IN = TOKENS_OUT = 64
-US, VLLM = "multilora", "vLLM"
+US, US_QUANTIZED, VLLM, PEFT = "multilora", "multilora, the 4-bit file", "vLLM", "PEFT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +115,18 @@ def run(options: argparse.Namespace) -> Iterator[Result]:
         with says("starting us"):
             store = stack.enter_context(servers.store(work / "store"))
             flags = ("--max-loras", str(SLOTS), *shlex.split(options.server_flags))
-            ours = stack.enter_context(inference(work / US, gguf, *flags, store=store.address))
-            asyncio.run(register_fleet(store.address, ours.grpc, FLEET, (RANK,)))
+            ours = {
+                who: stack.enter_context(inference(work / who, path, *flags, store=store.address))
+                for who, path in ((US, model), (US_QUANTIZED, gguf))
+            }
+            asyncio.run(register_fleet(store.address, ours[US].grpc, FLEET, (RANK,)))
+        urls = {who: replica.http for who, replica in ours.items()}
         setup = {"model": gguf.name, "rank": RANK, "input_len": TOKENS_IN, "output_len": TOKENS_OUT}
         setup |= {"server_flags": options.server_flags, "rounds": options.rounds}
         if PEFT_ROW in options.rows:
             with says("PEFT"), peft(peft_python, model, list(adapters.values())[:BATCH], TOKENS_OUT, work) as batch:
                 peer = {"peft": version_of(peft_python, "peft"), "torch": version_of(peft_python, "torch")}
-                yield _beside_peft(batch, ours.http, names[:BATCH], options.rounds, setup | {"peer": peer})
+                yield _beside_peft(batch, urls, names[:BATCH], options.rounds, setup | {"peer": peer})
         if rows:
             setup["peer"] = {"vllm": version_of(vllm_python, "vllm"), "torch": version_of(vllm_python, "torch")}
         # without adapters vLLM runs as one would start it for the base alone
@@ -136,54 +141,64 @@ def run(options: argparse.Namespace) -> Iterator[Result]:
                     theirs = running.enter_context(server)
                 for row in chosen:
                     with says(str(row)):
-                        result = _beside_vllm(row, ours.http, theirs, names, options.rounds, setup)
+                        result = _beside_vllm(row, urls | {VLLM: theirs}, names, options.rounds, setup)
                     yield result
 
 
-def _beside_vllm(row: Row, ours: str, theirs: str, names: Sequence[str], rounds: int, setup: dict[str, Any]) -> Result:
-    found: dict[str, list[dict[str, Any]]] = {US: [], VLLM: []}
+def _beside_vllm(row: Row, urls: dict[str, str], names: Sequence[str], rounds: int, setup: dict[str, Any]) -> Result:
+    found: dict[str, list[dict[str, Any]]] = {who: [] for who in urls}
     for number in range(rounds + 1):
-        for who, url in ((US, ours), (VLLM, theirs)):
+        for who, url in urls.items():
             metrics = _measured(url, row.load(number), names[: row.adapters])
             if number:
                 found[who].append(metrics)
-    rate = [us["output_throughput"] / peer["output_throughput"] for us, peer in zip(*found.values(), strict=True)]
-    ttft = [peer["median_ttft_ms"] / us["median_ttft_ms"] for us, peer in zip(*found.values(), strict=True)]
     shown = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "failed")
     spreads = {who: {name: spread([each[name] for each in runs]) for name in shown} for who, runs in found.items()}
-    tokens, waits = (
-        [spreads[who][name]["median"] for who in (US, VLLM)] for name in ("output_throughput", "median_ttft_ms")
-    )
-    figures = [
-        _figure(f"{row}: tokens/s ÷ vLLM", rate, row.throughput, "{:.0f} and {:.0f} tok/s".format(*tokens)),
-        _figure(f"{row}: TTFT of vLLM ÷ ours", ttft, row.ttft, "{:.0f} and {:.0f} ms".format(*waits)),
-    ]
+    figures, ratios = [], {}
+    for who, target, ttft_target in ((US, row.throughput, row.ttft), (US_QUANTIZED, None, None)):
+        pairs = list(zip(found[who], found[VLLM], strict=True))
+        rate = [us["output_throughput"] / peer["output_throughput"] for us, peer in pairs]
+        ttft = [peer["median_ttft_ms"] / us["median_ttft_ms"] for us, peer in pairs]
+        tokens, waits = (
+            [spreads[each][name]["median"] for each in (who, VLLM)] for name in ("output_throughput", "median_ttft_ms")
+        )
+        what = row if who == US else f"{row}, the 4-bit file"
+        figures += [
+            _figure(f"{what}: tokens/s ÷ vLLM", rate, target, "{:.0f} and {:.0f} tok/s".format(*tokens)),
+            _figure(f"{what}: TTFT of vLLM ÷ ours", ttft, ttft_target, "{:.0f} and {:.0f} ms".format(*waits)),
+        ]
+        ratios[who] = {"throughput": spread(rate), "ttft": spread(ttft)}
     setup = setup | {
         "row": str(row),
         "adapters": row.adapters,
         "max_concurrency": row.concurrency,
         "prompts": row.prompts,
     }
-    return Result("peers", setup, spreads | {"ratio": spread(rate), "ttft_ratio": spread(ttft)}, figures)
+    return Result("peers", setup, spreads | {"ratios": ratios}, figures)
 
 
-def _beside_peft(batch: MixedBatch, ours: str, names: Sequence[str], rounds: int, setup: dict[str, Any]) -> Result:
+def _beside_peft(
+    batch: MixedBatch, ours: dict[str, str], names: Sequence[str], rounds: int, setup: dict[str, Any]
+) -> Result:
     row = Row(BATCH, BATCH, BATCH)
-    found: dict[str, list[float]] = {US: [], "PEFT": []}
+    found: dict[str, list[float]] = {who: [] for who in (*ours, PEFT)}
     for number in range(rounds + 1):
         load = row.load(number)
-        us = _measured(ours, load, names)["output_throughput"]
+        us = {who: _measured(url, load, names)["output_throughput"] for who, url in ours.items()}
         seconds = batch.seconds([request.prompt for request in plan(load, names)])
         if number:
-            found[US].append(us)
-            found["PEFT"].append(BATCH * TOKENS_OUT / seconds)
-    ratios = [us / peer for us, peer in zip(*found.values(), strict=True)]
+            for who, rate in (us | {PEFT: BATCH * TOKENS_OUT / seconds}).items():
+                found[who].append(rate)
     spreads = {who: {"output_throughput": spread(rates)} for who, rates in found.items()}
-    tokens = [spreads[who]["output_throughput"]["median"] for who in found]
-    note = "{:.0f} and {:.0f} tok/s, ours over HTTP".format(*tokens)
-    figures = [_figure(f"a mixed batch of {BATCH}: tokens/s ÷ PEFT", ratios, PEFT_THROUGHPUT, note)]
+    figures, ratios = [], {}
+    for who, what, target in ((US, "", PEFT_THROUGHPUT), (US_QUANTIZED, ", the 4-bit file", None)):
+        rate = [us / peer for us, peer in zip(found[who], found[PEFT], strict=True)]
+        tokens = [spreads[each]["output_throughput"]["median"] for each in (who, PEFT)]
+        note = "{:.0f} and {:.0f} tok/s, ours over HTTP".format(*tokens)
+        figures.append(_figure(f"a mixed batch of {BATCH}{what}: tokens/s ÷ PEFT", rate, target, note))
+        ratios[who] = {"throughput": spread(rate)}
     setup = setup | {"row": PEFT_ROW, "adapters": BATCH, "max_concurrency": BATCH, "prompts": BATCH}
-    return Result("peers", setup, spreads | {"ratio": spread(ratios)}, figures)
+    return Result("peers", setup, spreads | {"ratios": ratios}, figures)
 
 
 def _measured(url: str, load: Load, adapters: Sequence[str]) -> dict[str, Any]:
@@ -213,8 +228,8 @@ def _lines(results: Sequence[Result]) -> dict[str, list[tuple[float, float]]]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         if result.setup["max_concurrency"] == BATCH:
-            for who in (US, VLLM, "PEFT"):
-                if who in result.metrics and (who != US or VLLM in result.metrics):
+            for who in (US, US_QUANTIZED, VLLM, PEFT):
+                if who in result.metrics and (who == PEFT or VLLM in result.metrics):
                     point = (result.setup["adapters"], result.metrics[who]["output_throughput"]["median"])
                     lines.setdefault(who, []).append(point)
     return lines

@@ -104,7 +104,8 @@ inline void multiply_some(int rows, const X* x, size_t x_stride, C w, int depth,
 //     y[i, c] = (add ? y[i, c] : 0) + sum over k, ascending:  x[i, k] * w[k, c]        for 32 columns c
 //     (of paired inputs by their instruction's pairs, on AMX by its 32)
 // Shape:
-//     x: [rows, depth], rows x_stride apart      float32; bf16 where w is of paired inputs
+//     x: [rows, depth], rows x_stride apart      float32; bf16 where w is of paired inputs, as pair_rows says where it
+//                                                is blocks in tiles, to which nothing is added and rows are few
 //     w: [depth, 32], as it is walked            float32, bf16, packed bf16, or eight bits
 //     y: [rows, 32], rows y_stride apart         float32
 //     ahead: bytes past a row of w at which memory is asked for what comes next; 0 where w is in cache

@@ -121,7 +121,8 @@ inline void pair_rows(const BFloat16* x, size_t x_stride, int rows, int depth, B
   }
 }
 
-// As multiply, of paired rows. The sums of a tile are of a column each, which a last exchange makes rows.
+// As multiply, of paired rows. A row of sums is of one column, so that tiles are transposed at the end. What an instruction
+// sums, and in which order, does not depend on which of its tiles w is: the bits are those of multiply_tiles.
 template <bool both, int ahead, class B, class A>
 inline void multiply_paired(int rows, const BFloat16* x, TilesOfBlocks<B> w, int depth, float* y, size_t y_stride,
                             A& asking) {
