@@ -135,9 +135,8 @@ def build(dtype: torch.dtype, threads: int, bits: int = 16) -> tuple[CpuDecoder,
         tables=tables,
         threads=threads,
     )
-    weights = sum(w.data.nbytes for layer in layers for w in layer.linears) + head.data.nbytes
     adapter = sum(RANK * (i + o) for of in groups.values() for o, i in of) * LAYERS * dtype.itemsize
-    return decoder, {"weight_bytes": weights, "adapter_bytes": adapter, "packing_s": packing}
+    return decoder, {"weight_bytes": decoder.weight_bytes, "adapter_bytes": adapter, "packing_s": packing}
 
 
 def batch_of(case: Case) -> StepBatch:
@@ -178,8 +177,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--cases", nargs="+", default=["decode", "prefill"], choices=list(CASES))
+    parser.add_argument(
+        "--bits", type=int, default=16, choices=[16, 8, 4], help="fewer: base weights in a file's blocks"
+    )
     arguments = parser.parse_args()
-    decoder, sizes = build(getattr(torch, arguments.dtype), arguments.threads)
+    decoder, sizes = build(getattr(torch, arguments.dtype), arguments.threads, arguments.bits)
     read = reader(arguments.threads)
     cases = {case: batch_of(case) for name in arguments.cases for case in CASES[name]}
     times: dict[Case, list[float]] = {case: [] for case in cases}

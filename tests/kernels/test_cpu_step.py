@@ -84,7 +84,7 @@ def test_a_context_of_several_parts() -> None:
 
 
 IN_BLOCKS = {"hidden": 96, "inner": 160}
-"""Sizes that a file's blocks of 32 inputs fit; there is a panel more than half empty in every linear."""
+"""Sizes that a file's blocks of 32 inputs fit."""
 
 
 @functools.cache

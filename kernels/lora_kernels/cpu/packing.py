@@ -78,15 +78,15 @@ class Packer:
         self._dtype, self._bf16 = dtype, is_bf16(dtype)
         self._library = library or load_library()
         self._int8 = int8
-        self._keeps_blocks = bool(self._library.multilora_keeps_blocks(self._bf16))
+        self._keeps_blocks = not int8 and bool(self._library.multilora_keeps_blocks(self._bf16))
 
     def pack(self, weight: Tensor | BlockWeights) -> PackedWeights:
-        if isinstance(weight, BlockWeights) and (self._int8 or not self._keeps_blocks):
-            weight = weight.dequantize().to(self._dtype)
         if isinstance(weight, BlockWeights):
-            storage = Storage.EIGHT_BITS if weight.least is None else Storage.FOUR_BITS
-            arrays = weight.values, weight.scales, weight.least
-            return self._packed(self._library.multilora_keep, arrays, weight.shape, storage)
+            if self._keeps_blocks:
+                storage = Storage.EIGHT_BITS if weight.least is None else Storage.FOUR_BITS
+                arrays = weight.values, weight.scales, weight.least
+                return self._packed(self._library.multilora_keep, arrays, weight.shape, storage)
+            weight = weight.dequantize().to(self._dtype)
         if weight.dtype != self._dtype:
             raise ValueError(f"weights of {weight.dtype} for a decoder of another dtype")
         pack, storage = self._library.multilora_pack, Storage.AS_STORED

@@ -50,7 +50,7 @@ class BlockColumns {
 
 inline BlockColumns walk(const Int8Block* panel, float* = nullptr) { return BlockColumns(panel); }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // tile_blocks.h has what AMX takes
 
 // Registers of columns of two inputs, rounded and laid side by side.
 inline void store_pairs(Floats even, Floats odd, PairedInputs* to) {

@@ -74,13 +74,6 @@ struct Strided {
   Floats columns(int i) const { return load_columns(at, i); }
   void ask(int ahead) const { prefetch(at, COLUMNS * sizeof(W), ahead); }
   void next() { at += stride; }
-  // The next inputs, as many as an instruction takes.
-  const W* take(int ahead) {
-    const W* taken = at;
-    at += PAIRED_INPUTS * COLUMNS;
-    if (ahead > 0) prefetch(taken, PAIRED_INPUTS * COLUMNS * sizeof(W), ahead);
-    return taken;
-  }
 };
 
 // A panel of packed weights, from its first input on.

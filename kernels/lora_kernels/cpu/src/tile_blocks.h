@@ -130,12 +130,7 @@ inline void multiply_paired(int rows, const BFloat16* x, TilesOfBlocks<B> w, int
   const int above = both ? TILE_ROWS : rows, below = rows - above;
   const size_t x_bytes = above * sizeof(uint32_t), below_bytes = below * sizeof(uint32_t);
   const BFloat16* x_below = x + size_t(above) * whole_inputs(depth);
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (both) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  zero_sums<both>();
   for (int k = 0; k < depth; k += SCALED) {
     const BFloat16* from = w.take(ahead);
     asking.go_far(SCALED);

@@ -31,11 +31,21 @@ struct alignas(64) TileShapes {
   }
 };
 
+template <bool both>
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (both) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
 // As multiply. An instruction sums 32 inputs in an order of its own, the same for every row of a tile and however many
 // there are.
-template <bool both, int ahead, class C, class A>
-inline void multiply_tiles(const BFloat16* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add,
-                           A& asking) {
+template <bool both, int ahead, class A>
+inline void multiply_tiles(const BFloat16* x, size_t x_stride, Strided<PairedInputs> w, int depth, float* y,
+                           size_t y_stride, bool add, A& asking) {
   const size_t x_bytes = x_stride * sizeof *x, y_bytes = y_stride * sizeof *y, w_bytes = 2 * COLUMNS * sizeof *w.at;
   const BFloat16* x_below = x + TILE_ROWS * x_stride;
   float* y_below = y + TILE_ROWS * y_stride;
@@ -47,15 +57,12 @@ inline void multiply_tiles(const BFloat16* x, size_t x_stride, C w, int depth, f
       _tile_loadd(3, y_below + TILE_ROWS, y_bytes);
     }
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (both) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    zero_sums<both>();
   }
   for (int k = 0; k < depth; k += PAIRED_INPUTS) {
-    const PairedInputs* from = w.take(ahead);
+    const PairedInputs* from = w.at;
+    w.at += PAIRED_INPUTS * COLUMNS;
+    if constexpr (ahead > 0) prefetch(from, PAIRED_INPUTS * COLUMNS * sizeof *from, ahead);
     asking.go_far(PAIRED_INPUTS);
     _tile_loadd(4, x + k, x_bytes);
     _tile_loadd(6, from, w_bytes);
@@ -94,9 +101,9 @@ inline void release_tiles() {
   tiles_shaped_for = 0;
 }
 
-template <int ahead, class C, class A>
-inline void multiply_some(int rows, const BFloat16* x, size_t x_stride, C w, int depth, float* y, size_t y_stride,
-                          bool add, A& asking) {
+template <int ahead, class A>
+inline void multiply_some(int rows, const BFloat16* x, size_t x_stride, Strided<PairedInputs> w, int depth, float* y,
+                          size_t y_stride, bool add, A& asking) {
   asm volatile("" ::: "memory");  // the intrinsics do not tell that they read
   shape_tiles(rows, false);
   if (rows > TILE_ROWS) multiply_tiles<true, ahead>(x, x_stride, w, depth, y, y_stride, add, asking);
