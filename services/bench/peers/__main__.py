@@ -1,7 +1,7 @@
 """We and the peers on this machine: `python -m services.bench.peers [--rows …] [--plot FILE]`, or `make bench-peers`.
 
-Installs vLLM's CPU build and PEFT into environments of their own, then runs them and us in turn, A, B, A, B …: the same
-model in bf16, adapters, prompts (token ids), and HTTP client. The quantized file that the model comes from is served by
+Installs vLLM's CPU build and PEFT into environments of their own, then runs them and us in turn, A, B, A, B …, each once
+the machine is idle: the same model in bf16, adapters, prompts (token ids), and HTTP client. The quantized file that the model comes from is served by
 us a second time, as it is, with the same tokens: the peers cannot, and no target is about it. JSON lines go to --out,
 progress and the table to standard error. What counts are the ratios. Exits with 1 when a target is missed.
 """
@@ -32,6 +32,7 @@ from services.bench.peers.install import install_peft, install_vllm, version_of
 from services.bench.peers.model import write_directory
 from services.bench.peers.running import MixedBatch, peft, vllm
 from services.bench.progress import console, says
+from services.bench.quiet import wait_until_idle
 from services.bench.results import Figure, Result, print_table, spread, write_lines
 
 FLEET, SLOTS, BATCH = 16, 8, 8
@@ -185,6 +186,7 @@ def _beside_peft(
     for number in range(rounds + 1):
         load = row.load(number)
         us = {who: _measured(url, load, names)["output_throughput"] for who, url in ours.items()}
+        wait_until_idle()
         seconds = batch.seconds([request.prompt for request in plan(load, names)])
         if number:
             for who, rate in (us | {PEFT: BATCH * TOKENS_OUT / seconds}).items():
@@ -202,6 +204,7 @@ def _beside_peft(
 
 
 def _measured(url: str, load: Load, adapters: Sequence[str]) -> dict[str, Any]:
+    wait_until_idle()
     metrics = asyncio.run(measure(Backend.OPENAI, url, load, adapters, model=MODEL_NAME)).metrics
     assert not metrics["failed"], f"{url}: {metrics['errors']}"
     assert metrics["total_output_tokens"] == load.num_prompts * TOKENS_OUT, "an answer ended early"
