@@ -123,7 +123,13 @@ class Machine:
     """The model in the compiled backend: adapters in shuffled slots and pages, everything unused poisoned with NaN."""
 
     def __init__(
-        self, model: RandomModel, *, threads: int = 1, seed: int = 0, library: ctypes.CDLL | None = None
+        self,
+        model: RandomModel,
+        *,
+        threads: int = 1,
+        seed: int = 0,
+        library: ctypes.CDLL | None = None,
+        compress: bool = True,
     ) -> None:
         shape, shuffled = model.shape, random.Random(seed)
         self._shuffled = shuffled
@@ -139,7 +145,7 @@ class Machine:
         )
         self._free = list(range(1, blocks))
         shuffled.shuffle(self._free)
-        packer = Packer(shape.dtype, library, int8=model.bits == 8)
+        packer = Packer(shape.dtype, library, int8=model.bits == 8, compress=compress)
         pack = (lambda weight: packer.pack(four_bits(weight))) if model.bits == 4 else packer.pack
         cosines, sines = rotary(shape.head_dim)
         self.decoder = CpuDecoder(

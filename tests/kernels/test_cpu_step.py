@@ -179,9 +179,54 @@ def test_blocks_are_the_weights_they_stand_for(
     stories = random_sequences(7, counts, adapters=3)
     steps = [[(index, count) for index, count in enumerate(counts)]]
     library = load_library(level)
-    ours, exact = (Machine(each, library=library).run(stories, steps) for each in (model, dequantised(model, dtype)))
+    ours = Machine(model, library=library).run(stories, steps)
+    exact = Machine(dequantised(model, dtype), library=library, compress=False).run(stories, steps)
     for in_blocks, plain in zip(ours, exact, strict=True):
         assert torch.equal(in_blocks, plain)
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
+@settings(max_examples=12, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 210), min_size=1, max_size=3),
+    hidden=st.sampled_from([32, 96, 161]),
+    inner=st.sampled_from([33, 64, 100]),
+    strays=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 10**6), st.integers(0, 2**16 - 1)), max_size=20),
+    tied=st.booleans(),
+)
+def test_twelve_bits_are_bf16(
+    level: str, counts: list[int], hidden: int, inner: int, strays: list[tuple[int, int, int]], tied: bool
+) -> None:
+    """Bit for bit, whatever a few weights are: NaN, infinity, zero, too small for an exponent, huge."""
+    shape = small_shape(torch.bfloat16, hidden=hidden, inner=inner)
+    model = RandomModel(shape, layers=1, tied=tied)
+    for linear, place, bits in strays:
+        weight = model.linears[0][linear].view(torch.int16).view(-1)
+        weight[place % len(weight)] = bits - 2**16 * (bits >= 2**15)
+    model.linears[0][3][:, 5] = 0
+    stories = random_sequences(7, counts, adapters=3)
+    steps = [[(index, count) for index, count in enumerate(counts)]]
+    library = load_library(level)
+    ours, plain = (Machine(model, library=library, compress=compress).run(stories, steps) for compress in (True, False))
+    for compressed, stored in zip(ours, plain, strict=True):
+        assert torch.equal(compressed.view(torch.int32), stored.view(torch.int32))
+
+
+def test_twelve_bits_are_fewer() -> None:
+    """Where products take bf16 from memory, and all but fifteen weights of every 32 x 32 are alike enough."""
+    weight = torch.randn(70, 100).bfloat16()
+    packer, plain = Packer(torch.bfloat16), Packer(torch.bfloat16, compress=False).pack(weight)
+    found = packer.pack(weight)
+    if level_of_this_machine() == "avx512bf16":
+        assert found.storage == Storage.TWELVE_BITS
+        assert found.data.nbytes == 3 * 4 * 1600
+    else:
+        assert torch.equal(found.data, plain.data)
+    weight[33:65, 40:48] = torch.logspace(-18, 18, 32).bfloat16()[:, None]
+    found, plain = packer.pack(weight), Packer(torch.bfloat16, compress=False).pack(weight)
+    assert found.storage == plain.storage == Storage.AS_STORED
+    assert torch.equal(found.data, plain.data)
+    assert Packer(torch.float32).pack(weight.float()).storage == Storage.AS_STORED
 
 
 @pytest.mark.parametrize("level", RUNNABLE)

@@ -98,6 +98,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         ("multilora_step", (pointer, pointer), integer),
         ("multilora_close", (pointer,), None),
         ("multilora_pack", (pointer, long, long, pointer, integer), None),
+        ("multilora_compress", (pointer, long, long, pointer), integer),
         ("multilora_quantise", (pointer, long, long, pointer, integer), None),
         ("multilora_keep", (pointer, pointer, pointer, long, long, pointer, integer), None),
         ("multilora_keeps_blocks", (integer,), integer),

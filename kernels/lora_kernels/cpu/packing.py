@@ -22,6 +22,7 @@ class Storage(enum.IntEnum):
     AS_STORED = 0
     EIGHT_BITS = 1
     FOUR_BITS = 2
+    TWELVE_BITS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +70,20 @@ class PackedWeights:
 class Packer:
     """Lays base weights [out, in] out as panels: [ceil(out / 32), in, 32], columns past `out` zero. See multiply.h.
 
-    Weights that come in blocks stay in theirs where that gives the same bits sooner: with AMX, in bf16 (tile_blocks.h).
+    Where the processor multiplies bf16, weights that come in a file's blocks stay in them, and others of bf16 lie in twelve
+    bits if they can: less to read, and a step's bits are the same. See paired_blocks.h and tile_blocks.h.
     dtype: the decoder's
     int8: in eight bits instead, with a float32 scale for every 32 inputs of a row, the largest of them ÷ 127
+    compress: False leaves bf16 its sixteen bits
     """
 
-    def __init__(self, dtype: torch.dtype, library: ctypes.CDLL | None = None, *, int8: bool = False) -> None:
+    def __init__(
+        self, dtype: torch.dtype, library: ctypes.CDLL | None = None, *, int8: bool = False, compress: bool = True
+    ) -> None:
         self._dtype, self._bf16 = dtype, is_bf16(dtype)
         self._library = library or load_library()
         self._int8 = int8
+        self._compress = compress and self._bf16 and not int8
         self._keeps_blocks = not int8 and bool(self._library.multilora_keeps_blocks(self._bf16))
 
     def pack(self, weight: Tensor | BlockWeights) -> PackedWeights:
@@ -89,18 +95,29 @@ class Packer:
             weight = weight.dequantize().to(self._dtype)
         if weight.dtype != self._dtype:
             raise ValueError(f"weights of {weight.dtype} for a decoder of another dtype")
+        weight = weight.contiguous()
+        if self._compress and (compressed := self._compressed(weight)):
+            return compressed
         pack, storage = self._library.multilora_pack, Storage.AS_STORED
         if self._int8:
             pack, storage = self._library.multilora_quantise, Storage.EIGHT_BITS
-        return self._packed(pack, [weight.contiguous()], weight.shape, storage)
+        return self._packed(pack, [weight], weight.shape, storage)
+
+    def _compressed(self, weight: Tensor) -> PackedWeights | None:
+        packed = self._room(weight.shape, Storage.TWELVE_BITS)
+        fits = self._library.multilora_compress(weight.data_ptr(), *weight.shape, packed.data_ptr())
+        return PackedWeights(packed, Storage.TWELVE_BITS) if fits else None
 
     def _packed(
         self, pack: Callable[..., None], arrays: Sequence[Tensor | None], shape: Sequence[int], storage: Storage
     ) -> PackedWeights:
-        size = self._library.multilora_packed_bytes(*shape, self._bf16, storage)
-        packed = torch.empty(size, dtype=torch.uint8)
+        packed = self._room(shape, storage)
         pack(*(0 if array is None else array.data_ptr() for array in arrays), *shape, packed.data_ptr(), self._bf16)
         return PackedWeights(packed, storage)
+
+    def _room(self, shape: Sequence[int], storage: Storage) -> Tensor:
+        size = self._library.multilora_packed_bytes(*shape, self._bf16, storage)
+        return torch.empty(size, dtype=torch.uint8)
 
 
 def is_bf16(dtype: torch.dtype) -> bool:

@@ -16,8 +16,9 @@ constexpr int WEIGHTS_AHEAD = 3072;
 constexpr int INTO_CACHE = 3;
 #endif
 
-// Ask memory for as many bytes, `ahead` bytes past w.
-inline void prefetch(const void* w, size_t bytes, int ahead) {
+// Ask memory for as many bytes, `ahead` bytes past w. Always inlined, as whatever calls it should be: GCC takes a function
+// that only asks for one without effect, and leaves out calls of it.
+[[gnu::always_inline]] inline void prefetch(const void* w, size_t bytes, int ahead) {
   for (size_t line = 0; line < bytes; line += 64)
     __builtin_prefetch(static_cast<const char*>(w) + ahead + line, 0, INTO_CACHE);
 }

@@ -1,4 +1,4 @@
-// Base weights in eight bits.
+// Base weights in blocks of fewer bits: eight, in float32.
 
 #pragma once
 
@@ -50,56 +50,6 @@ class BlockColumns {
 
 inline BlockColumns walk(const Int8Block* panel, float* = nullptr) { return BlockColumns(panel); }
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // tile_blocks.h has what AMX takes
-
-// Registers of columns of two inputs, rounded and laid side by side.
-inline void store_pairs(Floats even, Floats odd, PairedInputs* to) {
-  alignas(64) static constexpr uint16_t SIDES[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = bits_of<__m512i>(_mm512_cvtne2ps_pbh(bits_of<__m512>(odd), bits_of<__m512>(even)));
-  _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(SIDES), both));
-}
-
-// The same in bf16: each block is unpacked into a room of SCALED * COLUMNS weights first.
-class UnpackedBlocks {
- public:
-  static constexpr bool PAIRS = true;
-
-  UnpackedBlocks(const Int8Block* panel, PairedInputs* room) : next_(panel), room_(room) {}
-
-  int run(int left, int ahead) {
-    BlockColumns block(next_++);
-    block.run(SCALED, ahead);
-    for (int input = 0; input < SCALED; input += 2) {
-      Floats even[REGISTERS];
-      for (int i = 0; i < REGISTERS; ++i) even[i] = block.columns(i);
-      block.next();
-      if (ahead > 0) block.ask(ahead);
-      for (int i = 0; i < REGISTERS; ++i) store_pairs(even[i], block.columns(i), room_ + input * COLUMNS + i * 2 * LANES);
-      block.next();
-    }
-    at = room_;
-    return std::min(left, SCALED);
-  }
-  void ask(int) const {}
-  void next() { at += COLUMNS; }
-
-  const PairedInputs* at = nullptr;
-
- private:
-  const Int8Block* next_;
-  PairedInputs* room_;
-};
-
-inline UnpackedBlocks walk(const Int8Block* panel, PairedInputs* room) { return {panel, room}; }
-
-// A panel in bf16, as products of many rows take it.
-inline void widen_panel(const Int8Block* panel, int inputs, PairedInputs* to) {
-  for (int k = 0; k < inputs; k += SCALED, to += SCALED * COLUMNS) UnpackedBlocks(panel++, to).run(SCALED, 0);
-}
-
-#endif
-
 template <Block B>
 inline size_t panel_size(const B*, int inputs) {
   return size_t(inputs + SCALED - 1) / SCALED;
@@ -110,5 +60,21 @@ template <Block B>
 inline float weight_at(const B* panel, int input, int column) {
   return panel[input / SCALED].at(input % SCALED, column);
 }
+
+// Blocks of eight bits, of four and of twelve, of weights that stand for T; void where there are none.
+template <class T>
+struct BlocksOf {
+  using Eight = Int8Block;
+  using Four = void;
+  using Twelve = void;
+};
+
+// Whether a quantized file's own blocks are kept, and give what the weights they stand for would give.
+template <class T>
+constexpr bool KEEPS_BLOCKS = !std::is_void_v<typename BlocksOf<T>::Four>;
+
+// Whether weights may lie in twelve bits.
+template <class T>
+constexpr bool COMPRESSES = !std::is_void_v<typename BlocksOf<T>::Twelve>;
 
 }  // namespace multilora

@@ -60,7 +60,7 @@ using Rows = RowsOf<float>;
 extern "C" {
 
 // How base weights lie in memory.
-enum Storage : int64_t { AS_STORED, EIGHT_BITS, FOUR_BITS };
+enum Storage : int64_t { AS_STORED, EIGHT_BITS, FOUR_BITS, TWELVE_BITS };
 
 // One linear of one layer: its base weights, packed, and every adapter's A and B in the slot pool.
 struct Linear {

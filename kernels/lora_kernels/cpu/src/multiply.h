@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "packed.h"
+#include "paired_blocks.h"
 #include "tile_blocks.h"
 #include "tiles.h"
 #include "vector.h"
@@ -100,6 +101,12 @@ inline void multiply_some(int rows, const X* x, size_t x_stride, C w, int depth,
   multiply_rest<ROWS, ahead>(rows, x, x_stride, w, depth, y, y_stride, add, asking);
 }
 
+// How often w is walked: by as many rows each time, as a few alone would wait for their own sums.
+template <class C>
+constexpr int times(int rows) {
+  return (rows + rows_at_once<C>() - 1) / rows_at_once<C>();
+}
+
 // Semantics:
 //     y[i, c] = (add ? y[i, c] : 0) + sum over k, ascending:  x[i, k] * w[k, c]        for 32 columns c
 //     (of paired inputs by their instruction's pairs, on AMX by its 32)
@@ -112,17 +119,17 @@ inline void multiply_some(int rows, const X* x, size_t x_stride, C w, int depth,
 // Cost: 64 * rows * depth FLOPs; w is read once for every ROWS rows, from cache after the first.
 template <int ahead = 0, class X, class C, class A = Silence>
 void multiply(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, A asking = {}) {
-  constexpr int most = rows_at_once<C>();
-  for (; rows > 0; rows -= most, x += most * x_stride, y += most * y_stride)
-    multiply_some<ahead>(std::min(rows, most), x, x_stride, w, depth, y, y_stride, add, asking);
+  for (int left = times<C>(rows); left > 0; --left) {
+    const int here = (rows + left - 1) / left;
+    multiply_some<ahead>(here, x, x_stride, w, depth, y, y_stride, add, asking);
+    rows -= here, x += here * x_stride, y += here * y_stride;
+  }
 }
 
 // The same, asking memory for something else meanwhile.
 template <int ahead = 0, class X, class C>
 void multiply(int rows, const X* x, size_t x_stride, C w, int depth, float* y, size_t y_stride, bool add, Ask ask) {
-  constexpr int most = rows_at_once<C>();
-  const int times = (rows + most - 1) / most;
-  const Asking asking{static_cast<const char*>(ask.from), ask.bytes / (size_t(depth) * times)};
+  const Asking asking{static_cast<const char*>(ask.from), ask.bytes / (size_t(depth) * times<C>(rows))};
   multiply<ahead>(rows, x, x_stride, w, depth, y, y_stride, add, asking);
 }
 

@@ -190,24 +190,13 @@ inline void widen_panel(const B* panel, int inputs, PairedInputs* to) {
   }
 }
 
-#endif
-
-// Blocks of eight bits and, where there are such, of four, of weights that stand for T.
-template <class T>
-struct BlocksOf {
-  using Eight = Int8Block;
-  using Four = void;
-};
-#if defined(__AMX_BF16__)
 template <>
 struct BlocksOf<BFloat16> {
   using Eight = Int8Tiles;
   using Four = Int4Tiles;
+  using Twelve = void;
 };
-#endif
 
-// Whether a quantized file's own blocks are kept, and give what the weights they stand for would give.
-template <class T>
-constexpr bool KEEPS_BLOCKS = !std::is_void_v<typename BlocksOf<T>::Four>;
+#endif
 
 }  // namespace multilora
