@@ -35,43 +35,114 @@ inline void put(const T* key, const T* value, int dim, int offset, int size, T* 
 }
 
 // Rows that multiply what is cached: in float32 or, where products take bf16, in two terms of it, the second what the first
-// lost, so that 16 of a value's 24 bits take part.
+// lost, so that 16 of a value's 24 bits take part. The terms are rows of one product, and their sums are added after it.
 template <class T>
 class Factor {
  public:
+  // Rows of a product for each of these.
+  static constexpr int TERMS = PAIRED<T> ? 2 : 1;
+
   // x: [rows, width], rows `stride` apart, which stays where it is.
   void take(const float* x, int rows, int width, int stride) {
     x_ = x;
     stride_ = stride;
     if constexpr (PAIRED<T>) {
       stride_ = (whole_inputs(width) + LANES - 1) / LANES * LANES;
-      size_ = size_t(rows) * stride_;
-      BFloat16* high = terms_.at_least(2 * size_);
+      BFloat16* high = terms_.at_least(size_t(2 * rows) * stride_);
       for (int row = 0; row < rows; ++row, x += stride, high += stride_)
         for (int k = 0; k < stride_; k += LANES) {
           const Floats values = load_some(x + k, width - k);
           store(high + k, values);
-          store(high + size_ + k, values - load(high + k));
+          store(high + size_t(rows) * stride_ + k, values - load(high + k));
         }
     }
   }
 
-  // y = (add ? y : 0) + x w, for 32 columns of w, of which `panel` are a product's own type.
-  void multiply(int rows, const float* panel, int depth, float* y, size_t y_stride, bool add) const {
+  // y = (add ? y : 0) + x w, for 32 columns of w, `ahead` as multiply takes it.
+  template <int ahead, class C>
+  void multiply(int rows, C w, int depth, float* y, size_t y_stride, bool add) {
     if constexpr (PAIRED<T>) {
-      const auto w = walk(reinterpret_cast<const PairedInputs*>(panel));
-      multilora::multiply(rows, terms_.data(), stride_, w, depth, y, y_stride, add);
-      multilora::multiply(rows, terms_.data() + size_, stride_, w, depth, y, y_stride, true);
+      float* sums = sums_.at_least(size_t(2 * rows) * COLUMNS);
+      multilora::multiply<ahead>(2 * rows, terms_.data(), stride_, w, depth, sums, COLUMNS, false);
+      for (int row = 0; row < rows; ++row, y += y_stride, sums += COLUMNS)
+        for (int i = 0; i < COLUMNS; i += LANES) {
+          const Floats both = load(sums + i) + load(sums + rows * COLUMNS + i);
+          store(y + i, add ? load(y + i) + both : both);
+        }
     } else {
-      multilora::multiply(rows, x_, stride_, walk(panel), depth, y, y_stride, add);
+      multilora::multiply<ahead>(rows, x_, stride_, w, depth, y, y_stride, add);
     }
   }
 
  private:
   const float* x_ = nullptr;
   int stride_ = 0;
-  size_t size_ = 0;
   BufferOf<BFloat16> terms_;
+  Buffer sums_;
+};
+
+// LANES positions of a KV head in the cache, which lie in one block: their keys, whose dimensions are a stride apart, and
+// their values. And as many that come after them, for which memory is asked meanwhile.
+template <class T>
+struct Positions {
+  const T *keys, *values, *next_keys, *next_values;
+  int stride;
+};
+
+// A product's way down the dimensions of keys, COLUMNS positions at a time, where they lie.
+template <class T>
+class KeysInPlace {
+ public:
+  static constexpr bool PAIRS = PAIRED<T>;
+
+  explicit KeysInPlace(const Positions<T>* of) {
+    for (int i = 0; i < REGISTERS; ++i) at_[i] = of[i].keys, next_[i] = of[i].next_keys, stride_[i] = of[i].stride;
+  }
+
+  int run(int left, int) { return left; }
+  Floats columns(int i) const { return load(at_[i]); }
+  const T* pairs(int i) const { return at_[i]; }
+  [[gnu::always_inline]] void ask(int) const {
+    for (const T* next : next_) __builtin_prefetch(next);
+  }
+  void next() {
+    for (int i = 0; i < REGISTERS; ++i) at_[i] += stride_[i], next_[i] += stride_[i];
+  }
+
+ private:
+  const T *at_[REGISTERS], *next_[REGISTERS];
+  int stride_[REGISTERS];
+};
+
+// A product's way down positions, for COLUMNS dimensions of their values from `first` on. Of an odd number the last is in
+// `last`, in a pair with zeros.
+template <class T>
+class ValuesInPlace {
+ public:
+  static constexpr bool PAIRS = PAIRED<T>;
+
+  ValuesInPlace(const Positions<T>* of, int dim, int first, const T* last)
+      : of_(of), dim_(dim), first_(first * (PAIRS ? 2 : 1)), last_(last + first_) {}
+
+  int run(int left, int) {
+    if (PAIRS && left == 1) {
+      at_ = last_;
+      return 1;
+    }
+    at_ = of_->values + first_;
+    next_ = of_++->next_values + first_;
+    const int here = std::min(left, LANES);
+    return PAIRS && here > 1 ? here / 2 * 2 : here;
+  }
+  Floats columns(int i) const { return load(at_ + i * LANES); }
+  const T* pairs(int i) const { return at_ + 2 * i * LANES; }
+  [[gnu::always_inline]] void ask(int) const { prefetch(next_, COLUMNS * sizeof(T) * (PAIRS ? 2 : 1), 0); }
+  void next() { at_ += dim_, next_ += dim_; }
+
+ private:
+  const Positions<T>* of_;
+  int dim_, first_;
+  const T *last_, *at_ = nullptr, *next_ = nullptr;
 };
 
 // Semantics:
@@ -110,9 +181,15 @@ class Attention {
   // Floats of a query's sums over a part: the largest score, the sum of weights, the weighted values.
   int state_size() const { return 2 + width_; }
 
+  // A tile and a KV head of it, whose first positions come next; or none.
+  struct Next {
+    const RowTile* tile;
+    int kv_head;
+  };
+
   // The sums of all queries of a tile and KV head over one part, as [rows * group, state_size()].
   void part(const RowTile& tile, int kv_head, int part, const Layer& layer, const Batch& batch, const Rows& q,
-            float* state) {
+            float* state, Next next) {
     const int queries = tile.rows * group_;
     float* gathered = queries_.at_least(size_t(queries) * dim_);
     for (int i = 0; i < queries; ++i) {
@@ -128,14 +205,7 @@ class Attention {
     const int context = batch.positions[tile.first + tile.rows - 1] + 1;
     const int end = std::min(context, (part + 1) * PART);
     for (int start = part * PART; start < end; start += KEYS)
-      keys(tile, kv_head, start, end, layer, batch, state);
-  }
-
-  // Ask memory for a sequence's first tile of positions of a KV head.
-  void ask_first(const RowTile& tile, int kv_head, const Layer& layer, const Batch& batch) const {
-    const int end = std::min(KEYS, batch.positions[tile.first + tile.rows - 1] + 1);
-    for (int position = 0; position < end; position += LANES)
-      ask_for(layer, block_of(tile, kv_head, batch, position), position % block_size_);
+      keys(tile, kv_head, start, end, layer, batch, state, next);
   }
 
   // Join a later part's sums to those of the parts before it.
@@ -156,43 +226,116 @@ class Attention {
   static int parts(int context) { return (context + PART - 1) / PART; }
 
  private:
-  // What keys and values are gathered by: values of T, to be widened, or pairs, moved as they are.
+  // What keys and values are moved by: values of T, to be widened, or pairs, as they are.
   using Word = std::conditional_t<PAIRED<T>, float, T>;
   static constexpr int PAIR = PAIRED<T> ? 2 : 1;
   static constexpr int VALUE_ROWS = KEYS / PAIR;
+  static constexpr int GROUPS = KEYS / LANES;
 
   // The next tile of positions from `start` on. They are the sequence's own: nothing past `end` is read, whatever lies
-  // there.
-  void keys(const RowTile& tile, int kv_head, int start, int end, const Layer& layer, const Batch& batch, float* state) {
+  // there. For few rows they are multiplied where they lie, for more they are gathered (and widened) once.
+  void keys(const RowTile& tile, int kv_head, int start, int end, const Layer& layer, const Batch& batch, float* state,
+            Next next) {
     const int count = std::min(KEYS, end - start), columns = (count + COLUMNS - 1) / COLUMNS * COLUMNS;
+    const int queries = tile.rows * group_, context = batch.positions[tile.first + tile.rows - 1] + 1;
+    const auto place = [&](int lane) { return place_of(layer, tile, kv_head, batch, start + lane); };
+    const auto upcoming = [&](int lane) {
+      if (start + KEYS + lane < context) return place(KEYS + lane);
+      const bool follows = next.tile != nullptr && lane <= batch.positions[next.tile->first + next.tile->rows - 1];
+      return follows ? place_of(layer, *next.tile, next.kv_head, batch, lane) : place(lane);
+    };
+    if constexpr (!(PAIRED<T> && PAIRED_INPUTS > 2))  // tiles take what was gathered
+      if (queries * Factor<T>::TERMS <= 2 * ROWS && dim_ % COLUMNS == 0) {
+        Positions<T> positions[GROUPS];
+        find(positions, count, place, upcoming);
+        return attend(
+            tile, start, count, columns, batch, state,
+            [&](int c, float* scores) {
+              q_.template multiply<1>(queries, KeysInPlace<T>(positions + c / LANES), dim_, scores, KEYS, false);
+            },
+            [&](int c, float* sums) {
+              const ValuesInPlace<T> values(positions, dim_, c, of_cache(last_.data()));
+              weights_.template multiply<1>(queries, values, count, sums, state_size(), true);
+            });
+      }
     float* k = keys_.at_least(size_t(key_rows_) * KEYS);
     float* v = values_.at_least(size_t(VALUE_ROWS) * width_);
-    const auto block = [&](int position) { return block_of(tile, kv_head, batch, position); };
     for (int lane = 0; lane < columns; lane += LANES) {
-      const int position = start + lane, offset = position % block_size_, here = std::clamp(count - lane, 0, LANES);
-      const int64_t from = here == 0 ? 0 : block(position);
-      gather_keys(static_cast<const Word*>(layer.keys) + from + offset, here, k + panel_place(lane, key_rows_));
-      gather_values(static_cast<const Word*>(layer.values) + from + offset / PAIR * dim_, here, v + lane / PAIR * COLUMNS);
-      if (position + KEYS < end) ask_for(layer, block(position + KEYS), offset);
+      const int here = std::clamp(count - lane, 0, LANES);
+      const Place at = place(here > 0 ? lane : 0);
+      gather_keys(at.keys, here, k + panel_place(lane, key_rows_));
+      gather_values(at.values, here, v + lane / PAIR * COLUMNS);
+      if (here > 0) ask_for(upcoming(lane));
     }
+    attend(
+        tile, start, count, columns, batch, state,
+        [&](int c, float* scores) {
+          q_.template multiply<0>(queries, gathered(k + panel_place(c, key_rows_)), dim_, scores, KEYS, false);
+        },
+        [&](int c, float* sums) {
+          weights_.template multiply<0>(queries, gathered(v + panel_place(c, VALUE_ROWS)), count, sums, state_size(), true);
+        });
+  }
 
+  // times_keys(c, scores) and times_values(c, sums) multiply queries and weights, for COLUMNS positions or dimensions.
+  template <class TimesKeys, class TimesValues>
+  void attend(const RowTile& tile, int start, int count, int columns, const Batch& batch, float* state,
+              TimesKeys&& times_keys, TimesValues&& times_values) {
     const int queries = tile.rows * group_;
     float* scores = scores_.at_least(size_t(queries) * KEYS);
-    for (int c = 0; c < columns; c += COLUMNS)
-      q_.multiply(queries, k + panel_place(c, key_rows_), dim_, scores + c, KEYS, false);
+    for (int c = 0; c < columns; c += COLUMNS) times_keys(c, scores + c);
     for (int i = 0; i < queries; ++i) {
       const int visible = std::min(count, batch.positions[tile.first + i / group_] - start + 1);
       weigh(scores + i * KEYS, columns, visible, state + size_t(i) * state_size());
     }
     weights_.take(scores, queries, columns, KEYS);
-    for (int c = 0; c < width_; c += COLUMNS)
-      weights_.multiply(queries, v + panel_place(c, VALUE_ROWS), count, state + 2 + c, state_size(), true);
+    for (int c = 0; c < width_; c += COLUMNS) times_values(c, state + 2 + c);
   }
 
-  // Where a position's block begins, of a KV head, in words.
-  int64_t block_of(const RowTile& tile, int kv_head, const Batch& batch, int position) const {
-    const int32_t block = batch.block_tables[tile.sequence * batch.max_blocks + position / block_size_];
-    return (int64_t(block) * kv_heads_ + kv_head) * dim_ * block_size_ / PAIR;
+  // Where a tile's `count` positions lie, by its lanes, and those that memory is asked for. Of a block that is not full the
+  // keys are copied, and of an odd number of positions the last value: what lies beside them is not the sequence's.
+  template <class At, class Upcoming>
+  void find(Positions<T>* positions, int count, At&& place, Upcoming&& upcoming) {
+    for (int group = 0; group < GROUPS; ++group) {
+      const int lane = group * LANES, here = count - lane;
+      if (here <= 0) {  // columns that are computed and not looked at
+        positions[group] = positions[0];
+        continue;
+      }
+      const Place at = place(lane), next = upcoming(lane);
+      positions[group] = {of_cache(at.keys), of_cache(at.values), of_cache(next.keys), of_cache(next.values), block_size_};
+      if (here >= LANES) continue;
+      Word* copy = some_keys_.at_least(size_t(dim_) / PAIR * LANES);
+      positions[group].keys = of_cache(copy);
+      positions[group].stride = LANES;
+      for (int row = 0; row < dim_ / PAIR; ++row, copy += LANES) {
+        std::fill(copy + here, copy + LANES, Word{});
+        std::copy(at.keys + row * block_size_, at.keys + row * block_size_ + here, copy);
+      }
+    }
+    if constexpr (PAIRED<T>) {
+      Word* pair = last_.at_least(dim_);
+      if (count % 2 != 0)
+        for (int d = 0; d < dim_; d += LANES) store(pair + d, first_of_pairs(load(place(count - 1).values + d)));
+    }
+  }
+
+  // Where a position's key and value lie in a block of its own.
+  struct Place {
+    const Word *keys, *values;
+  };
+  Place place_of(const Layer& layer, const RowTile& tile, int kv_head, const Batch& batch, int position) const {
+    const int64_t block = batch.block_tables[tile.sequence * batch.max_blocks + position / block_size_];
+    const int64_t from = (block * kv_heads_ + kv_head) * dim_ * block_size_ / PAIR;
+    const int offset = position % block_size_;
+    return {static_cast<const Word*>(layer.keys) + from + offset,
+            static_cast<const Word*>(layer.values) + from + offset / PAIR * dim_};
+  }
+  static const T* of_cache(const Word* words) { return reinterpret_cast<const T*>(words); }
+
+  static auto gathered(const float* panel) {
+    if constexpr (PAIRED<T>) return walk(reinterpret_cast<const PairedInputs*>(panel));
+    else return walk(panel);
   }
 
   // Where a column lies among panels of so many rows.
@@ -212,20 +355,20 @@ class Attention {
       if (left <= 0 && !PAIRED<T>) return;
       for (int d = 0; d < width_; d += LANES) {
         Floats words = left <= 0 ? Floats{} : load_some(from + row * dim_ + d, dim_ - d);
-        if (left < PAIR) words = bits_of<Floats>(bits_of<Words>(words) & 0xffffu);  // a pair of which one is there
+        if (left < PAIR) words = first_of_pairs(words);
         store(to + panel_place(d, VALUE_ROWS) + row * COLUMNS, words);
       }
     }
   }
 
-  // Ask memory for LANES positions of the tile after this one: blocks lie anywhere, and no hardware guesses where.
-  void ask_for(const Layer& layer, int64_t block, int offset) const {
+  static Floats first_of_pairs(Floats words) { return bits_of<Floats>(bits_of<Words>(words) & 0xffffu); }
+
+  // Ask memory for LANES positions: blocks lie anywhere, and no hardware guesses where.
+  void ask_for(const Place& place) const {
     constexpr int LINE = 64 / sizeof(Word);
-    const Word* keys = static_cast<const Word*>(layer.keys) + block + offset;
-    const Word* values = static_cast<const Word*>(layer.values) + block + offset / PAIR * dim_;
     for (int row = 0; row < dim_ / PAIR; row += std::max(1, LINE / block_size_))
-      __builtin_prefetch(keys + row * block_size_);
-    for (int i = 0; i < LANES / PAIR * dim_; i += LINE) __builtin_prefetch(values + i);
+      __builtin_prefetch(place.keys + row * block_size_);
+    for (int i = 0; i < LANES / PAIR * dim_; i += LINE) __builtin_prefetch(place.values + i);
   }
 
   // Scores of one query to weights, 0 from `visible` on; its sums so far are brought to the new largest score.
@@ -260,6 +403,7 @@ class Attention {
   const float scale_;
   Factor<T> q_, weights_;
   Buffer queries_, keys_, values_, scores_;
+  BufferOf<Word> some_keys_, last_;
 };
 
 }  // namespace multilora

@@ -55,7 +55,7 @@ inline void add_products(Floats (&sums)[R][REGISTERS], const BFloat16* x, size_t
   for (int k = 0; k < depth;)
     for (const int end = k + w.run(depth - k, ahead); k < end; k += 2) {
       __m512bh columns[REGISTERS];
-      for (int i = 0; i < REGISTERS; ++i) std::memcpy(&columns[i], w.at + 2 * i * LANES, sizeof columns[i]);
+      for (int i = 0; i < REGISTERS; ++i) std::memcpy(&columns[i], w.pairs(i), sizeof columns[i]);
       for (int input = 0; input < 2; ++input, w.next()) {
         if constexpr (ahead > 0) w.ask(ahead);
         asking.go();

@@ -62,7 +62,7 @@ inline Floats load_columns(const PairedBFloat16* from, int i) {
 }
 
 // Columns of w on a product's way down its inputs, which come in runs: run() starts one and says how long it is. Where
-// inputs come in pairs, `at` is where a product finds them.
+// inputs come in pairs, pairs(i) is where a product finds register i of them.
 template <class W>
 struct Strided {
   static constexpr bool PAIRS = std::is_same_v<W, PairedInputs>;
@@ -72,6 +72,7 @@ struct Strided {
 
   int run(int left, int) { return left; }
   Floats columns(int i) const { return load_columns(at, i); }
+  const W* pairs(int i) const { return at + 2 * i * LANES; }
   void ask(int ahead) const { prefetch(at, COLUMNS * sizeof(W), ahead); }
   void next() { at += stride; }
 };

@@ -163,17 +163,17 @@ class Unpacked {
 
   int run(int left, int ahead) {
     unpack(*next_++, room_, ahead);
-    at = room_;
+    at_ = room_;
     return std::min(left, SCALED);
   }
+  const PairedInputs* pairs(int i) const { return at_ + 2 * i * LANES; }
   void ask(int) const {}
-  void next() { at += COLUMNS; }
-
-  const PairedInputs* at = nullptr;
+  void next() { at_ += COLUMNS; }
 
  private:
   const B* next_;
   PairedInputs* room_;
+  const PairedInputs* at_ = nullptr;
 };
 
 template <Block B>

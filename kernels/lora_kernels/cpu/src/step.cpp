@@ -383,21 +383,20 @@ class Decoder final : public Engine {
         const RowTile& tile = tiles_[item / parts_ / kv_heads];
         if (item % parts_ < parts_of(tile))
           mine.attention.part(tile, item / parts_ % kv_heads, item % parts_, layer, batch, qkv_,
-                              partial_.data() + size_t(item) * tile_state());
+                              partial_.data() + size_t(item) * tile_state(), {});
       });
-    const auto ask = [&](int item) {
-      if (parts_ == 1) mine.attention.ask_first(tiles_[item / kv_heads], item % kv_heads, layer, batch);
-    };
-    team_.each_asked(items, ask, [&](int item) {
+    team_.each_knowing(items, [&](int item, int after) {
       const RowTile& tile = tiles_[item / kv_heads];
       const int kv_head = item % kv_heads, group = int(model_.heads / model_.kv_heads), queries = tile.rows * group;
       const int size = mine.attention.state_size();
       float* total = mine.state.at_least(tile_state());
       float* computed = mine.part.at_least(tile_state());
+      typename Attention<T>::Next next{};
+      if (after < items) next = {&tiles_[after / kv_heads], after % kv_heads};
       for (int part = 0; part < parts_of(tile); ++part) {
         const float* sums = computed;
         if (parts_ > 1) sums = partial_.data() + (size_t(item) * parts_ + part) * tile_state();
-        else mine.attention.part(tile, kv_head, part, layer, batch, qkv_, computed);
+        else mine.attention.part(tile, kv_head, part, layer, batch, qkv_, computed, next);
         if (part == 0) std::copy(sums, sums + queries * size, total);
         else
           for (int i = 0; i < queries; ++i) mine.attention.join(total + i * size, sums + i * size);

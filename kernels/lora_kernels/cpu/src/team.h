@@ -48,14 +48,12 @@ class Team {
     barrier();
   }
 
-  // The same an item at a time, each taken while its thread is at the one before: ask(item) asks memory for it.
-  template <class Ask, class Work>
-  void each_asked(int items, Ask&& ask, Work&& work) {
+  // The same an item at a time, each taken while its thread is at the one before: work(item, next), of which there is no
+  // next from `items` on, so that memory can be asked for it.
+  template <class Work>
+  void each_knowing(int items, Work&& work) {
     const auto take = [&] { return next_.fetch_add(1, std::memory_order_relaxed); };
-    for (int item = take(), next; item < items; item = next) {
-      if ((next = take()) < items) ask(next);
-      work(item);
-    }
+    for (int item = take(), next; item < items; item = next) work(item, next = take());
     barrier();
   }
 
