@@ -211,7 +211,7 @@ class Decoder final : public Engine {
     const int hidden = int(model_.hidden), attended = int(model_.heads * model_.head_dim), inner = int(model_.inner);
     for (const Layer& layer : layers_) {
       const bool first = &layer == &layers_.front();
-      team_.each(rows, 1, [&](int row) {
+      team_.each(rows, team_.share(rows), [&](int row) {
         if (first) embed(batch.tokens[row], x_[row]);
         else residual(row);
         norm(row, layer.input_norm, row);
@@ -220,18 +220,18 @@ class Decoder final : public Engine {
       const Group qkv{of + Q, 3, hidden}, o{of + O, 1, attended}, gate_up{of + GATE, 2, hidden}, down{of + DOWN, 1, inner};
       const Group next = &layer == &layers_.back() ? Group{} : Group{(&layer + 1)->linears + Q, 3, hidden};
       linears(batch, mine, qkv, o, h_, qkv_);
-      team_.each(rows, 1, [&](int row) {
+      team_.each(rows, team_.share(rows), [&](int row) {
         cache(mine, batch, layer, row);
         round_end(row, attended);
       });
       attend(batch, layer, mine);
       linears(batch, mine, o, gate_up, attended_, y_);
-      team_.each(rows, 1, [&](int row) {
+      team_.each(rows, team_.share(rows), [&](int row) {
         residual(row);
         norm(row, layer.post_attention_norm, row);
       });
       linears(batch, mine, gate_up, down, h_, gate_up_);
-      team_.each(rows, 1, [&](int row) {
+      team_.each(rows, team_.share(rows), [&](int row) {
         activate(gate_up_[row]);
         round(row, gate_up_[row], 0, inner);
         round_end(row, inner);
@@ -558,7 +558,8 @@ class Decoder final : public Engine {
     int starts[4] = {};
     for (int index = 0; index < group.count; ++index)
       starts[index + 1] = starts[index] + (padded(group.linears[index].out) + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS;
-    team_.each(int(segments_.size()) * starts[group.count], 1, [&](int item) {
+    const int items = int(segments_.size()) * starts[group.count];
+    team_.each(items, team_.share(items), [&](int item) {
       const Segment& segment = segments_[item / starts[group.count]];
       int index = 0, offset = 0;
       for (item %= starts[group.count]; item >= starts[index + 1]; ++index) offset += padded(group.linears[index].out);

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <thread>
@@ -30,6 +31,9 @@ class Team {
   }
 
   int size() const { return size_; }
+
+  // How many of `items` a thread takes at a time where they are short: to take them costs a line of cache that threads share.
+  int share(int items) const { return std::max(1, items / (4 * size_)); }
 
   // Run program(thread) on every thread, the caller's being thread 0; return when all have ended.
   void run(const std::function<void(int)>& program) {
