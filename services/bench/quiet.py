@@ -1,7 +1,7 @@
 """Waits until the machine is idle, so that what is measured next has it to itself.
 
-Threads of OpenMP spin for a while after their last work, a second of one core in vLLM's worker: a program measured right
-after it would pay.
+Some programs spin for a while after their last work, vLLM's worker on a core for a second: what is measured right after
+it would pay.
 """
 
 from __future__ import annotations

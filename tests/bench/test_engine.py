@@ -45,7 +45,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     """A machine that is twice as slow in one round, at everything, changes no ratio."""
     quick = Round(rate=10e9, steps={0: 0.030, 1: 0.032, 2: 0.034})
     slow = Round(quick.rate / 2, {distinct: 2 * seconds for distinct, seconds in quick.steps.items()})
-    found = Decode({2: [quick, slow]}, weight_bytes=200_000_000, adapter_bytes=10_000_000)
+    found = Decode({2: [quick, slow]}, weight_bytes=200_000_000, packed_bytes=150_000_000, adapter_bytes=10_000_000)
     assert found.over_weights(2) == pytest.approx([1.5, 1.5])
     assert found.over_adapters(2, 2) == pytest.approx([2, 2])
     assert found.over_one(2) == pytest.approx([34 / 32] * 2)

@@ -48,14 +48,19 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """All rounds of a rank, by batch. weight_bytes: read by a step; adapter_bytes: of one adapter"""
+    """All rounds of a rank, by batch.
+
+    weight_bytes: of the model in its dtype, what targets are about; packed_bytes: as they lie in memory, perhaps fewer
+    adapter_bytes: of one adapter
+    """
 
     rounds: Mapping[int, Sequence[Round]]
     weight_bytes: int
+    packed_bytes: int
     adapter_bytes: int
 
     def over_weights(self, batch: int) -> list[float]:
-        """A step of the base ÷ reading the weights."""
+        """A step of the base ÷ reading the weights in the model's dtype."""
         return [each.steps[0] * each.rate / self.weight_bytes for each in self.rounds[batch]]
 
     def over_adapters(self, batch: int, distinct: int) -> list[float]:
@@ -77,7 +82,7 @@ def decode(bare: Bare, bandwidth: ReadBandwidth, sizes: Sizes, setup: dict[str, 
             for _ in range(sizes.rounds):
                 for batch, mixes in sizes.mixes().items():
                     rounds[batch].append(_round(bare, bandwidth, batch, mixes, sizes.steps))
-        yield _result(Decode(rounds, bare.weight_bytes, adapter_bytes), rank, setup)
+        yield _result(Decode(rounds, bare.dtype_bytes, bare.weight_bytes, adapter_bytes), rank, setup)
 
 
 def _round(bare: Bare, bandwidth: ReadBandwidth, batch: int, mixes: Sequence[int], steps: int) -> Round:
@@ -100,8 +105,10 @@ def _result(found: Decode, rank: int, setup: dict[str, Any]) -> Result:
     for batch, rounds in found.rounds.items():
         over_weights[f"{batch}"] = ratio = quartiles(found.over_weights(batch))
         target = OVER_FLOOR if batch == 1 else None
-        name = f"decode, batch {batch}: step ÷ reading the weights"
-        note = f"{ratio['q1']:g} to {ratio['q3']:g}; {_milliseconds(rounds, 0)}, {_rate(rounds)}"
+        name = f"decode, batch {batch}: step ÷ reading the weights in {setup['dtype']}"
+        as_they_lie = ratio["median"] * found.weight_bytes / found.packed_bytes
+        note = f"{ratio['q1']:g} to {ratio['q3']:g}; as they lie {as_they_lie:.3g}"
+        note += f"; {_milliseconds(rounds, 0)}, {_rate(rounds)}"
         figures.append(Figure(name, ratio["median"], " ×", target, True, note))
         for distinct in filter(None, rounds[0].steps):
             over_adapters[f"{batch}x{distinct}"] = ratio = quartiles(found.over_adapters(batch, distinct))
@@ -119,6 +126,7 @@ def _result(found: Decode, rank: int, setup: dict[str, Any]) -> Result:
     metrics = {
         "read_gb_per_s": spread([each.rate / 1e9 for each in every]),
         "weight_bytes": found.weight_bytes,
+        "packed_bytes": found.packed_bytes,
         "adapter_bytes": found.adapter_bytes,
         "step_over_weights": over_weights,
         "extra_over_adapters": over_adapters,

@@ -41,7 +41,8 @@ def fewer_bits(
     model: Path, bare: Bare, sizes: Sizes, setup: dict[str, Any], *, dtype: str, threads: int
 ) -> list[Result]:
     """bare: the model in its dtype, on the compiled path; model: as it is stored"""
-    kinds = {"int8": "int8"} | ({"as_stored": "none"} if model.suffix == ".gguf" else {})
+    in_blocks = model.suffix == ".gguf" and dtype == "bfloat16"  # in float32 a file's blocks are made float32
+    kinds = {"int8": "int8"} | ({"as_stored": "none"} if in_blocks else {})
     results = []
     for name, quantization in kinds.items():
         with says(f"decode, base weights {name}"):

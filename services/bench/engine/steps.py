@@ -78,9 +78,12 @@ class Bare:
 
     @property
     def weight_bytes(self) -> int:
-        """Read by every step: all but the norms, and an embedding that is not also the head, of which rows are read."""
-        if isinstance(self.runner, CompiledRunner):
-            return self.runner.weight_bytes
+        """Read by every step, as they lie in memory."""
+        return self.runner.weight_bytes if isinstance(self.runner, CompiledRunner) else self.dtype_bytes
+
+    @property
+    def dtype_bytes(self) -> int:
+        """The same in the model's dtype: all but an embedding that is not also the head, of which rows are read."""
         skipped = set() if self.model.tie_word_embeddings else {"model.embed_tokens.weight"}
         shapes = {name: shape for name, shape in expected_shapes(self.model).items() if name not in skipped}
         return sum(int(np.prod(shape)) for shape in shapes.values()) * self.model.dtype.itemsize
