@@ -1,9 +1,9 @@
 """We and the peers on this machine: `python -m services.bench.peers [--rows …] [--plot FILE]`, or `make bench-peers`.
 
 Installs vLLM's CPU build and PEFT into environments of their own, then runs them and us in turn, A, B, A, B …, each
-once the machine is idle: the same model in bf16, adapters, prompts (token ids), and HTTP client. The quantized file that
-the model comes from is served by us a second time, as it is, with the same tokens: the peers cannot, and no target is
-about it. JSON lines go to --out, progress and the table to standard error. Exits with 1 when a target is missed.
+once the machine is idle: the same model in bf16, adapters, prompts (token ids), and HTTP client. The quantized file
+that the model comes from is served by us a second time, as it is, with the same tokens: the peers cannot, and no target
+is about it. JSON lines go to --out, progress and the table to standard error. Exits with 1 when a target is missed.
 """
 
 from __future__ import annotations
