@@ -71,7 +71,7 @@ class Packer:
     """Lays base weights [out, in] out as panels: [ceil(out / 32), in, 32], columns past `out` zero. See multiply.h.
 
     Where the processor multiplies bf16, weights that come in a file's blocks stay in them and, where it has no tiles,
-    others lie in twelve bits if they can: less to read, and a step's bits are the same (tile_blocks.h, paired_blocks.h).
+    others lie in twelve bits if they can: less to read, the same bits of a step (tile_blocks.h, paired_blocks.h).
     dtype: the decoder's
     int8: in eight bits instead, with a float32 scale for every 32 inputs of a row, the largest of them ÷ 127
     compress: False leaves bf16 its sixteen bits
