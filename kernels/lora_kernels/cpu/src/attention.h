@@ -155,7 +155,8 @@ class ValuesInPlace {
 //     batch and the chunk; a part is summed by itself, parts are joined in ascending order. So a part may be computed
 //     by any thread, and a token attends alike whether it came in a prompt or one at a time.
 // Cost, for each tile of rows and KV head: 4 * head_dim * context bytes in bf16, gathered (and widened, where not PAIRED)
-//     once for all its rows and the heads that share them; 4 * head_dim * heads * context FLOPs a row.
+//     once for all its rows and the heads that share them, or where these are few, read where they lie;
+//     4 * head_dim * heads * context FLOPs a row, twice that where they are two terms.
 template <class T>
 class Attention {
  public:

@@ -10,7 +10,7 @@ namespace multilora {
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 
 // A room holds SCALED inputs of a panel: at each pair of inputs two registers, of sixteen columns each.
-constexpr int INPUT_PAIRS = SCALED / 2, PAIR = 2 * COLUMNS, HALF = PAIR / 2, ROOM = INPUT_PAIRS * PAIR;
+constexpr int INPUT_PAIRS = SCALED / 2, PAIR = 2 * COLUMNS, HALF = PAIR / 2, PLACES = INPUT_PAIRS * PAIR;
 
 // Memory is asked for a block that lies `ahead` bytes further, a pair's share at each.
 template <class B>
@@ -42,16 +42,16 @@ inline void unpack(const Int8Block& block, PairedInputs* to, int ahead) {
 // product is exact and it is all one whether it is rounded before the sum. A byte holds an input of columns c and c + 8.
 struct Int4Block {
   float scales[COLUMNS], least[COLUMNS];
-  uint8_t values[INPUT_PAIRS][2][LANES];
+  uint8_t values[PLACES / 2];
 
-  void put(int input, int column, int value) { byte(input, column) |= uint8_t(value << shift(column)); }
+  void put(int input, int column, int value) { values[byte(input, column)] |= uint8_t(value << shift(column)); }
   float at(int input, int column) const {
-    return float(const_cast<Int4Block*>(this)->byte(input, column) >> shift(column) & 15) * scales[column] + least[column];
+    return float(values[byte(input, column)] >> shift(column) & 15) * scales[column] + least[column];
   }
 
  private:
+  static int byte(int input, int column) { return input / 2 * HALF + column / 16 * LANES + column % 8 * 2 + input % 2; }
   static int shift(int column) { return column & 8 ? 4 : 0; }
-  uint8_t& byte(int input, int column) { return values[input / 2][column / 16][column % 8 * 2 + input % 2]; }
 };
 
 inline void unpack(const Int4Block& block, PairedInputs* to, int ahead) {
@@ -72,7 +72,7 @@ inline void unpack(const Int4Block& block, PairedInputs* to, int ahead) {
   for (int pair = 0; pair < INPUT_PAIRS; ++pair) {
     ask_share(block, pair, ahead);
     for (int half = 0; half < 2; ++half, to += HALF) {
-      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(block.values[pair][half]));
+      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(block.values + pair * HALF + half * LANES));
       const __m512i both = _mm512_cvtepu8_epi32(bytes);
       _mm512_store_si512(to, rounded(weights(both, 2 * half), weights(_mm512_srli_epi32(both, 4), 2 * half + 1)));
     }
@@ -87,11 +87,11 @@ struct TwelveBits {
 
   uint8_t base, strays;  // exponents 1 to 15 are base + 1 to base + 15
   uint16_t places[STRAYS], bits[STRAYS];
-  alignas(HALF) uint8_t fractions[ROOM];  // with the sign above seven bits of fraction
-  uint8_t exponents[ROOM / 2];           // a byte has those of columns c and c + 16
+  alignas(HALF) uint8_t fractions[PLACES];  // with the sign above seven bits of fraction
+  uint8_t exponents[PLACES / 2];           // a byte has those of columns c and c + 16
 
   struct Room {
-    uint16_t weights[ROOM];
+    uint16_t weights[PLACES];
   };
 
   // Become what is in a room; false where twelve bits are too few.
@@ -103,8 +103,8 @@ struct TwelveBits {
       within += counts[last] - (last > EXPONENTS ? counts[last - EXPONENTS] : 0);
       if (within > most) most = within, base = uint8_t(std::max(0, last - EXPONENTS));
     }
-    if (ROOM - counts[0] - most > STRAYS) return false;
-    for (int place = 0; place < ROOM; ++place) {
+    if (PLACES - counts[0] - most > STRAYS) return false;
+    for (int place = 0; place < PLACES; ++place) {
       const uint16_t weight = room.weights[place];
       const int exponent = weight >> 7 & 255, four = exponent == 0 ? 0 : exponent - base;
       fractions[place] = uint8_t((weight >> 8 & 0x80) | (weight & 0x7f));

@@ -49,7 +49,7 @@ constexpr int PRODUCTS_UNWIDENED = 6;
 // second-level cache, where 512 do not; a multiple of every ROWS. Tiles are done so soon that to read the weights again
 // costs more.
 template <class Weight>
-constexpr int PROJECT_ROWS = std::is_same_v<Weight, PairedInputs> && PAIRED_INPUTS > 2 ? 512 : std::is_same_v<Weight, PairedInputs> ? 192 : 96;
+constexpr int PROJECT_ROWS = !std::is_same_v<Weight, PairedInputs> ? 96 : PAIRED_INPUTS > 2 ? 512 : 192;
 
 // Rows and ranks whose dot products are computed together: as many sums as hide the latency of one.
 #if defined(__AVX512F__)
@@ -731,7 +731,7 @@ EXPORT void multilora_pack(const void* from, int64_t out, int64_t in, void* to, 
   else pack(static_cast<const float*>(from), out, in, static_cast<float*>(to));
 }
 
-// bf16 weights in fewer bits, none of them lost; 0 where they are not packed, as this library or these weights do not allow it.
+// bf16 weights in fewer bits, none of them lost; 0, and nothing packed, where the library or the weights do not allow it.
 EXPORT int multilora_compress(const void* from, int64_t out, int64_t in, void* to) try {
   using namespace multilora;
   return compress(static_cast<const BFloat16*>(from), out, in, to);

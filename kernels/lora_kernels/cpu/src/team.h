@@ -32,7 +32,7 @@ class Team {
 
   int size() const { return size_; }
 
-  // How many of `items` a thread takes at a time where they are short: to take them costs a line of cache that threads share.
+  // How many of `items` a thread takes at a time where they are short, as to take them costs a line that threads share.
   int share(int items) const { return std::max(1, items / (4 * size_)); }
 
   // Run program(thread) on every thread, the caller's being thread 0; return when all have ended.
