@@ -20,14 +20,14 @@ def wait_until_idle(patience: float = PATIENCE_SECONDS) -> bool:
     give_up = time.monotonic() + patience
     cores = os.cpu_count() or 1
     while time.monotonic() < give_up:
-        began, busy = time.monotonic(), _busy_seconds()
+        began, busy = time.monotonic(), busy_seconds()
         time.sleep(WINDOW_SECONDS)
-        if _busy_seconds() - busy < IDLE_SHARE * cores * (time.monotonic() - began):
+        if busy_seconds() - busy < IDLE_SHARE * cores * (time.monotonic() - began):
             return True
     return False
 
 
-def _busy_seconds(stat: Path = Path("/proc/stat")) -> float:
+def busy_seconds(stat: Path = Path("/proc/stat")) -> float:
     """Of all processors since they started, without what other guests of the same machine took."""
     user, nice, system, _idle, _wait, irq, softirq = map(int, stat.read_text().split("\n", 1)[0].split()[1:8])
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
