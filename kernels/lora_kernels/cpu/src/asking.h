@@ -16,11 +16,17 @@ constexpr int WEIGHTS_AHEAD = 3072;
 constexpr int INTO_CACHE = 3;
 #endif
 
-// Ask memory for as many bytes, `ahead` bytes past w. Always inlined, as whatever calls it should be: GCC takes a function
-// that only asks for one without effect, and leaves out calls of it.
-[[gnu::always_inline]] inline void prefetch(const void* w, size_t bytes, int ahead) {
-  for (size_t line = 0; line < bytes; line += 64)
-    __builtin_prefetch(static_cast<const char*>(w) + ahead + line, 0, INTO_CACHE);
+// Ask memory for a line, into a cache as the compiler numbers them. GCC takes a function that only prefetches for one without
+// effect and leaves out its calls, so there is a statement that it may not.
+template <int cache = 3>
+inline void ask_line(const void* at) {
+  __builtin_prefetch(at, 0, cache);
+  asm volatile("");
+}
+
+// Ask memory for as many bytes, `ahead` bytes past w.
+inline void prefetch(const void* w, size_t bytes, int ahead) {
+  for (size_t line = 0; line < bytes; line += 64) ask_line<INTO_CACHE>(static_cast<const char*>(w) + ahead + line);
 }
 
 // Memory to ask for while a product runs, evenly over its inputs: memory is then kept busy for as long as the arithmetic
@@ -36,7 +42,7 @@ struct Asking {
   size_t step;
 
   void go() {
-    __builtin_prefetch(next);
+    ask_line(next);
     next += step;
   }
   void go_far(int inputs) {

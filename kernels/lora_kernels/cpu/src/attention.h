@@ -102,8 +102,8 @@ class KeysInPlace {
   int run(int left, int) { return left; }
   Floats columns(int i) const { return load(at_[i]); }
   const T* pairs(int i) const { return at_[i]; }
-  [[gnu::always_inline]] void ask(int) const {
-    for (const T* next : next_) __builtin_prefetch(next);
+  void ask(int) const {
+    for (const T* next : next_) ask_line(next);
   }
   void next() {
     for (int i = 0; i < REGISTERS; ++i) at_[i] += stride_[i], next_[i] += stride_[i];
@@ -136,7 +136,7 @@ class ValuesInPlace {
   }
   Floats columns(int i) const { return load(at_ + i * LANES); }
   const T* pairs(int i) const { return at_ + 2 * i * LANES; }
-  [[gnu::always_inline]] void ask(int) const { prefetch(next_, COLUMNS * sizeof(T) * (PAIRS ? 2 : 1), 0); }
+  void ask(int) const { prefetch(next_, COLUMNS * sizeof(T) * (PAIRS ? 2 : 1), 0); }
   void next() { at_ += dim_, next_ += dim_; }
 
  private:
@@ -368,8 +368,8 @@ class Attention {
   void ask_for(const Place& place) const {
     constexpr int LINE = 64 / sizeof(Word);
     for (int row = 0; row < dim_ / PAIR; row += std::max(1, LINE / block_size_))
-      __builtin_prefetch(place.keys + row * block_size_);
-    for (int i = 0; i < LANES / PAIR * dim_; i += LINE) __builtin_prefetch(place.values + i);
+      ask_line(place.keys + row * block_size_);
+    for (int i = 0; i < LANES / PAIR * dim_; i += LINE) ask_line(place.values + i);
   }
 
   // Scores of one query to weights, 0 from `visible` on; its sums so far are brought to the new largest score.

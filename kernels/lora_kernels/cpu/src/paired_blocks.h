@@ -14,7 +14,7 @@ constexpr int INPUT_PAIRS = SCALED / 2, PAIR = 2 * COLUMNS, HALF = PAIR / 2, PLA
 
 // Memory is asked for a block that lies `ahead` bytes further, a pair's share at each.
 template <class B>
-[[gnu::always_inline]] inline void ask_share(const B& block, int pair, int ahead) {
+inline void ask_share(const B& block, int pair, int ahead) {
   constexpr int share = sizeof block / INPUT_PAIRS;
   if (ahead > 0) prefetch(reinterpret_cast<const char*>(&block) + pair * share, share, ahead);
 }

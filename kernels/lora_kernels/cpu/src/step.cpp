@@ -102,7 +102,7 @@ inline void dot(const float* x, size_t x_stride, const T* a, int depth, float sc
     for (int j = 0; j < DOT_RANKS; ++j) {
       const T* from = a + size_t(j) * depth + k;
       ranks[j] = load(from);
-      __builtin_prefetch(from + size_t(DOT_RANKS) * depth);  // the same inputs of the next ranks
+      ask_line(from + size_t(DOT_RANKS) * depth);  // the same inputs of the next ranks
     }
     for (int r = 0; r < R; ++r) {
       const Floats values = load(x + r * x_stride + k);
